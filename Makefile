@@ -1,0 +1,34 @@
+# Every target is a line or two that could be typed. VENV=... uses another virtual environment than .venv.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(abspath $(VENV))/bin
+
+.PHONY: train lesson-03 lesson-04 test lint smoke diff
+
+train: lesson-04
+
+lesson-03 lesson-04: lesson-%: $(VENV)/installed
+	cd lesson_$*_* && $(BIN)/python train_mnist.py
+
+test: $(VENV)/installed-dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+smoke: $(VENV)/installed
+	cd lesson_03_ncsn && $(BIN)/python train_mnist.py --smoke --overwrite --output output/smoke
+	cd lesson_04_ncsnv2 && $(BIN)/python train_mnist.py --smoke --overwrite --output output/smoke
+
+diff:
+	git diff --no-index --color=always -- lesson_03_ncsn lesson_04_ncsnv2 | less -R
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,39 @@
+"""Checkpoints: one file that holds all a run needs to go on, never half written, and read without running its code."""
+
+from pathlib import Path
+
+import torch
+
+from common.errors import LessonError
+from common.files import atomic_write
+
+
+def save_checkpoint(path: str | Path, lesson: str, **state) -> None:
+    """Writes `state` (tensors, numbers, strings, and lists and dicts of them) to a file that names its lesson."""
+    with atomic_write(path) as temporary:
+        torch.save({"lesson": lesson, **state}, temporary)
+
+
+def load_checkpoint(path: str | Path, lesson: str, device="cpu") -> dict:
+    """What `save_checkpoint` wrote, on `device`. LessonError if it is missing, damaged or another lesson's."""
+    path = Path(path)
+    if not path.is_file():
+        raise LessonError(f"there is no checkpoint {path}; train first, or name another one")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        found = checkpoint["lesson"]
+    except OSError as error:
+        raise LessonError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # torch.load raises a different class for each way in which a file can be damaged
+        raise LessonError(f"{path} is damaged or not a checkpoint of these lessons; train again") from error
+    if found != lesson:
+        raise LessonError(f"{path} is a checkpoint of {found}, not of {lesson}; use the scripts in {found}/")
+    return checkpoint
+
+
+def load_weights(module: torch.nn.Module, weights: dict, path) -> None:
+    """module.load_state_dict(weights), with one line that says so if the shapes or names do not fit."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise LessonError(f"the weights in {path} do not fit this network; was it made with other flags?") from error

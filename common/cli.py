@@ -1,0 +1,99 @@
+"""The command line of every script: flags made from the fields of a frozen dataclass, errors as one line, Ctrl-C."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import signal
+import sys
+
+from common.errors import LessonError
+
+
+def field_comments(config_class) -> dict[str, str]:
+    """The comment behind each field in the source of a dataclass, {field name: comment}; it is the flag's help."""
+    source = inspect.getsource(config_class)
+    return dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", source, re.MULTILINE))
+
+
+def parse_config(config_class, presets: dict[str, dict], arguments=None):
+    """Reads flags: (configuration, set of the fields that were named, whether to resume, whether to overwrite).
+
+    Each field `batch_size: int = 64  # why` becomes `--batch-size`, with its comment and default in --help; each key of
+    `presets` becomes a flag (`--paper`, `--smoke`) that changes several defaults at once. A flag that is unknown or cannot be read as the field's type ends the program (status 2).
+    """
+    comments = field_comments(config_class)
+    parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__.split("\n")[0])
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
+    preset = parser.add_mutually_exclusive_group()
+    for name, changes in presets.items():
+        listed = ", ".join(f"{key} {value}" for key, value in changes.items())
+        preset.add_argument(f"--{name}", action="store_const", const=name, dest="preset", help=listed)
+    for field in dataclasses.fields(config_class):
+        parser.add_argument(
+            _flag(field.name),
+            type=type(field.default),
+            metavar=type(field.default).__name__.upper(),
+            help=f"{comments[field.name]} (default: {field.default})".replace("%", "%%"),
+        )
+    flags = vars(parser.parse_args(arguments))
+    resume, overwrite, preset = flags.pop("resume"), flags.pop("overwrite"), flags.pop("preset")
+    named = {name: value for name, value in flags.items() if value is not None}
+    config = config_class(**{**presets.get(preset, {}), **named})
+    return config, set(named) | set(presets.get(preset, {})), resume, overwrite
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_choice(config, name: str, choices) -> None:
+    """Raises LessonError, one line that lists them, unless the field `name` of `config` is one of `choices`."""
+    if getattr(config, name) not in choices:
+        raise LessonError(f"{_flag(name)} {getattr(config, name)}: choose one of {', '.join(map(str, choices))}")
+
+
+def check_positive(config, *names: str) -> None:
+    """Raises LessonError for the first of the named fields of `config` that is not above zero."""
+    for name in names:
+        if not getattr(config, name) > 0:  # not `<= 0`, which lets nan through
+            raise LessonError(f"{_flag(name)} must be greater than zero, not {getattr(config, name)}")
+
+
+def check_range(config, name: str, low: float, high: float) -> None:
+    """Raises LessonError unless low <= the field `name` of `config` <= high."""
+    if not low <= getattr(config, name) <= high:
+        raise LessonError(f"{_flag(name)} must lie between {low} and {high}, not {getattr(config, name)}")
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into `signal_number`, which the loop looks at; the second one ends at once."""
+
+    def __init__(self):
+        self.signal_number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, frame):
+        self.signal_number = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    def __bool__(self):
+        return self.signal_number > 0
+
+    def exit_status(self, what_happened: str) -> int:
+        """Prints what happened and how to go on; returns the exit status of a program that the signal ended."""
+        script = " ".join(word for word in sys.argv if word not in ("--resume", "--overwrite"))
+        print(f"{what_happened}; go on with: python {script} --resume", flush=True)
+        return 128 + self.signal_number
+
+
+def run(main):
+    """Calls `main()`. A LessonError becomes one line on standard error and exit status 1; so does a full memory."""
+    try:
+        sys.exit(main())
+    except LessonError as error:
+        sys.exit(f"error: {error}")

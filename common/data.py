@@ -1,0 +1,160 @@
+"""Data sets, each as one uint8 tensor. MNIST is in the repository; others are downloaded, or read from a folder."""
+
+import hashlib
+import lzma
+import math
+import struct
+import sys
+import warnings
+from colorsys import hsv_to_rgb
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from common.errors import LessonError
+
+MNIST_DIR = Path(__file__).resolve().parent / "mnist"
+DATA_DIR = MNIST_DIR.parent.parent / "data"
+DATASETS = ("mnist", "color_mnist", "fashion_mnist", "cifar10")
+SPLITS = {"train": "train", "test": "t10k"}  # the second is what MNIST's file names say
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+MNIST_MD5 = {  # of the unpacked files; common/mnist/README.md says where the sums come from
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def load_images(name: str, split: str = "train") -> Tensor:
+    """Images of a data set: uint8 (N, C, H, W), values 0 to 255.
+
+    mnist (N, 1, 28, 28) and color_mnist (N, 3, 28, 28) need no network; fashion_mnist (N, 1, 28, 28) and cifar10
+    (N, 3, 32, 32) are downloaded into data/ the first time. split is "train" or "test".
+    Raises LessonError for an unknown name or split, and for files that are missing or damaged.
+    """
+    _check_choice("data set", name, DATASETS)
+    _check_choice("split", split, SPLITS)
+    if name in ("fashion_mnist", "cifar10"):
+        return _torchvision_images(name, split)
+    digits = _mnist_file(f"{SPLITS[split]}-images-idx3-ubyte").unsqueeze(1)  # (N, 1, 28, 28)
+    return _color(digits) if name == "color_mnist" else digits
+
+
+def load_labels(name: str, split: str = "train") -> Tensor:
+    """Which digit, 0 to 9, each image of mnist or color_mnist shows: long (N,). Raises as load_images does."""
+    _check_choice("data set with labels", name, ("mnist", "color_mnist"))
+    _check_choice("split", split, SPLITS)
+    return _mnist_file(f"{SPLITS[split]}-labels-idx1-ubyte").long()
+
+
+def load_folder(folder: str | Path, image_size: int, channels: int) -> Tensor:
+    """Every picture in a folder and its subfolders, sorted by path: uint8 (N, channels, image_size, image_size).
+
+    The centre square is resized with Lanczos to gray (channels=1) or RGB (channels=3). Transparent parts become white,
+    as on a page; an animation is its first frame. Unreadable pictures are named on stderr and left out.
+    Raises LessonError if the folder is missing or no picture in it can be read.
+    """
+    if channels not in (1, 3) or image_size < 1:
+        raise LessonError(f"pictures have 1 or 3 channels and at least 1 pixel, not {channels} and {image_size}")
+    if not Path(folder).is_dir():
+        raise LessonError(f"{folder} is not a folder: name one that holds pictures ({' '.join(PICTURES)})")
+    images, failures = [], []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix.lower() in PICTURES and not path.is_dir():
+            try:
+                images.append(_read_picture(path, image_size, "L" if channels == 1 else "RGB"))
+            except Exception as error:  # a damaged picture can raise almost anything in a decoder
+                failures.append(f"left out {path}: {_one_line(error)}")
+    more = [f"left out {len(failures) - 10} more"] if len(failures) > 10 else []
+    for line in failures[:10] + more:
+        print(line, file=sys.stderr)
+    if not images:
+        raise LessonError(f"{folder} has no readable picture: {' '.join(PICTURES)} are read")
+    pixels = torch.from_numpy(np.stack(images)).reshape(-1, image_size, image_size, channels)
+    return pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def parse_idx(content: bytes) -> Tensor:
+    """The uint8 tensor in an IDX file's bytes. Raises ValueError if they are anything else, or too few or too many.
+
+    Layout: 0, 0, 8 (unsigned bytes follow), the number of dimensions, each of them as a big-endian uint32, the values.
+    """
+    start = 4 + 4 * content[3] if len(content) > 3 else math.inf
+    if content[:3] != b"\0\0\x08" or len(content) < start:
+        raise ValueError("no IDX header of unsigned bytes")
+    shape = struct.unpack(f">{content[3]}I", content[4:start])
+    if len(content) - start != math.prod(shape):
+        raise ValueError(f"{len(content) - start} values where the IDX header promises {math.prod(shape)}")
+    # bytearray, because torch warns about memory that it may not write to
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(shape)
+
+
+def _check_choice(what, value, choices):
+    if value not in choices:
+        raise LessonError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
+
+
+def _one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _mnist_file(name):
+    path = MNIST_DIR / f"{name}.xz"
+    try:
+        content = lzma.decompress(path.read_bytes())
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_MD5[name]:
+            raise ValueError("wrong MD5 sum")
+        return parse_idx(content)
+    except (OSError, lzma.LZMAError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        advice = "restore it with `git checkout -- common/mnist`, or download the repository again"
+        raise LessonError(f"{path} is missing or damaged ({reason}): {advice}") from error
+
+
+def _color(digits):
+    # Steps of the golden ratio never repeat a hue and spread evenly; unlike a random generator's numbers they are the
+    # same in every version of torch. A saturation below 1 because pure blue is hard to see on black.
+    hues = [k * (math.sqrt(5) - 1) / 2 % 1 for k in range(len(digits))]
+    colors = torch.tensor([hsv_to_rgb(hue, 0.75, 1) for hue in hues])[:, :, None, None]  # (N, 3, 1, 1)
+    images = digits.repeat(1, 3, 1, 1)
+    for part, color in zip(images.split(256), colors.split(256), strict=True):  # as one, 0.6 GB of float
+        part.copy_((part * color).round())
+    return images
+
+
+def _torchvision_images(name, split):
+    from torchvision.datasets import CIFAR10, FashionMNIST  # importing it takes a second, which MNIST need not pay
+
+    if name == "cifar10":
+        dataset, folder, archives = CIFAR10, DATA_DIR, [CIFAR10.filename]
+    else:
+        dataset, folder = FashionMNIST, DATA_DIR / "FashionMNIST" / "raw"
+        archives = [archive for archive, _ in FashionMNIST.resources]
+    try:
+        images = torch.as_tensor(dataset(DATA_DIR, train=split == "train", download=True).data)
+    except Exception as error:  # a failed download or a damaged archive can raise almost anything
+        raise LessonError(
+            f"{name} could not be loaded ({_one_line(error)}): without a network, put {', '.join(archives)} "
+            f"into {folder}, where torchvision finds them; if they are there already, delete what is damaged"
+        ) from error
+    return images.permute(0, 3, 1, 2).contiguous() if name == "cifar10" else images.unsqueeze(1)
+
+
+def _read_picture(path, size, mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file that unpacks into gigabytes
+        with Image.open(path) as picture:
+            if picture.mode.startswith("I"):  # 16 bits a pixel: convert() would clip them, not scale them
+                picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+            picture = ImageOps.exif_transpose(picture)
+            side = min(picture.size)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            square = picture.crop((left, top, left + side, top + side)).convert("RGBA")
+    page = Image.new("RGBA", square.size, "white")
+    page.alpha_composite(square)
+    return np.asarray(page.convert(mode).resize((size, size), Image.Resampling.LANCZOS))

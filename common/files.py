@@ -1,0 +1,38 @@
+"""Writing a file so that nobody ever sees half of it."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from common.errors import LessonError
+
+# torch.save does not raise OSError when the disk is full: its C++ writer raises RuntimeError with one of these words.
+TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|file write|iostream error")
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, and rename it to `path` if the block ends without an error.
+
+    A reader sees the old file or the new one, and a write that fails leaves the old one alone. Missing folders are
+    made. The temporary name ends in ".tmp", so that no search for "*.png" finds it; name the format when writing to it.
+    Raises LessonError where the folder cannot be written or the disk is full. The block should do nothing but write.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # so that a folder that cannot be written is an OSError, whoever writes next
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LessonError(f"cannot write {path}: {error}") from error
+    except RuntimeError as error:
+        if not TORCH_WRITER.search(str(error)):
+            raise
+        raise LessonError(f"cannot write {path}: torch could not write all of it; is the disk full?") from error
+    finally:
+        with suppress(OSError):  # it would hide the error that matters
+            temporary.unlink()

@@ -1,0 +1,143 @@
+"""Pictures of what a lesson makes, from images that are float (N, C, H, W) in [0, 1] with C = 1 (gray) or 3 (RGB)."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.files import atomic_write
+
+PADDING = 2  # pixels between the images of a grid
+PADDING_GRAY = 64  # darker than ink and lighter than paper, so that the edges of black images show
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int | None = None, scale: int | None = None) -> None:
+    """Write images (N, C, H, W) as one PNG, row by row; columns=None is the smallest square that holds them.
+
+    Values outside [0, 1] are clamped. Each pixel becomes scale x scale; scale=None makes an image at least 56 high.
+    Raises ValueError for NaN, for integers and for other shapes, LessonError if path cannot be written.
+    """
+    grid = Image.fromarray(_grid(images, columns, scale))
+    with atomic_write(path) as temporary:
+        grid.save(temporary, format="PNG")
+
+
+def save_strip(frames: Sequence[Tensor], path: str | Path, moments: int = 8, scale: int | None = None) -> None:
+    """Write one PNG with a row for each image and a column for each of `moments` frames.
+
+    frames: each (N, C, H, W), as for save_grid; evenly chosen, the first and the last included.
+    Raises as save_grid does, and ValueError if there is no frame.
+    """
+    chosen = _evenly(frames, moments)
+    save_grid(rearrange(chosen, "m n c h w -> (n m) c h w"), path, columns=len(chosen), scale=scale)
+
+
+def save_gif(
+    frames: Sequence[Tensor],
+    path: str | Path,
+    columns: int | None = None,
+    scale: int | None = None,
+    milliseconds: int = 100,
+    hold: int = 1500,
+    max_frames: int = 36,
+) -> None:
+    """Write frames, each (N, C, H, W), as a GIF of grids that repeats for ever.
+
+    Each frame shows for `milliseconds`, the last for `hold` milliseconds. At most max_frames are evenly chosen, the
+    first and the last included. Raises as save_strip does.
+    """
+    # Noise hardly compresses: with few frames and colors, a grid of 8 x 8 digits stays under 2 MB in gray, 3 MB in RGB.
+    pictures = [_few_colors(_grid(frame, columns, scale)) for frame in _evenly(frames, max_frames)]
+    durations = [milliseconds] * (len(pictures) - 1) + [hold]
+    with atomic_write(path) as temporary:
+        pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def save_loss_plot(
+    steps: Sequence[int],
+    losses: Sequence[float],
+    band_losses: Sequence[Sequence[float]],
+    band_labels: Sequence[str],
+    path: str | Path,
+    reference: float,
+) -> None:
+    """Write a PNG of two panels over the S steps: the training loss, and the loss in each band of noise scales.
+
+    losses (S,); band_losses (S, bands), NaN where a step had no sample of a band; band_labels (bands,).
+    reference: D/2, the loss of a network that returns zero, is a dashed line.
+    Raises LessonError if path cannot be written.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which keeps global state; here, because importing it is slow
+    from matplotlib.ticker import LogFormatter
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, losses, linewidth=0.5, alpha=0.4, label="each step")
+    left.plot(*_running_mean(steps, losses), linewidth=2, label="running mean")
+    left.set_title("training loss")
+    bands = np.asarray(band_losses, dtype=float).reshape(len(steps), len(band_labels))
+    for k, label in enumerate(band_labels):
+        color = (0.9 - 0.8 * k / len(band_labels), 0.3, 0.1 + 0.8 * k / len(band_labels))  # from red to blue
+        right.plot(*_running_mean(steps, bands[:, k]), color=color, label=label)
+    right.axhline(reference, color="black", linestyle="--", label="network that returns zero: D/2")
+    right.set_title("loss by noise scale (running means)")
+    for panel in (left, right):
+        panel.set(xlabel="step", ylabel="loss", yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")  # 200, not 2 x 10^2
+        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        panel.grid(alpha=0.3, which="both")
+    left.legend()
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def _evenly(frames, count):
+    """At most count of the frames, evenly chosen: (M, N, C, H, W)."""
+    if len(frames) == 0 or count < 1:
+        raise ValueError(f"cannot choose {count} of {len(frames)} frames")
+    chosen = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
+    return torch.stack([frames[k] for k in chosen])
+
+
+def _grid(images, columns, scale):
+    """uint8 array (height, width) for C = 1, (height, width, 3) for C = 3."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape or not images.is_floating_point():
+        raise ValueError(f"not float images (N, 1 or 3, H, W): {images.dtype} {tuple(images.shape)}")
+    if images.isnan().any():
+        raise ValueError("the images hold NaN")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    scale = scale or math.ceil(56 / images.shape[2])
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().cpu()
+    pixels = repeat(pixels, "n c h w -> n c (h a) (w b)", a=scale, b=scale)
+    pixels = F.pad(pixels, (PADDING, 0, PADDING, 0), value=PADDING_GRAY)  # left and above
+    pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, -len(pixels) % columns), value=PADDING_GRAY)  # fills the last row
+    pixels = rearrange(pixels, "(r k) c h w -> (r h) (k w) c", k=columns)
+    return F.pad(pixels, (0, 0, 0, PADDING, 0, PADDING), value=PADDING_GRAY).squeeze(2).numpy()  # right and below
+
+
+def _few_colors(pixels):
+    """A palette picture of 16 grays, or of 6 x 6 x 6 colors."""
+    if pixels.ndim == 2:
+        index, colors = np.rint(pixels / 17), [(17 * k,) * 3 for k in range(16)]
+    else:
+        index = np.rint(pixels / 51) @ [36, 6, 1]
+        colors = [(51 * r, 51 * g, 51 * b) for r in range(6) for g in range(6) for b in range(6)]
+    picture = Image.fromarray(index.astype(np.uint8))
+    picture.putpalette(np.array(colors, dtype=np.uint8).tobytes())
+    return picture
+
+
+def _running_mean(steps, values):
+    """The steps that have a value and, from the point where there are enough, the mean of the values before them."""
+    known = np.isfinite(values)
+    steps, values = np.asarray(steps)[known], np.asarray(values, dtype=float)[known]
+    window = max(1, len(values) // 50)
+    sums = np.cumsum(np.insert(values, 0, 0.0))  # np.convolve would refuse a band that never had a sample
+    return steps[window - 1 :], (sums[window:] - sums[:-window]) / window

@@ -1,0 +1,191 @@
+"""Train NCSN (Song & Ermon 2019, arXiv 1907.05600) on digits: `python train_mnist.py`, and look into output/."""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
+
+from loss import denoising_score_matching_loss
+from noise_scales import geometric_noise_scales
+from sampler import annealed_langevin_dynamics
+from score_network import ScoreNetwork
+
+from common.cli import StopRequest, check_choice, check_positive, check_range, parse_config, run
+from common.data import DATASETS, load_images
+from common.images import save_gif, save_grid
+from common.layers import ACTIVATIONS
+from common.machine import autocast, choose_device, choose_precision
+from common.output import open_output, restore_run, resume_run, save_run, start_output
+from common.training_log import TrainingLog
+
+LESSON = "lesson_03_ncsn"
+LOG_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every number of a run. `python train_mnist.py --help` lists them as flags."""
+
+    dataset: str = "mnist"  # paper, Sec. 5: MNIST; one of mnist, color_mnist, fashion_mnist, cifar10
+    steps: int = 3000  # ours: what two CPU cores do in eight minutes; the paper trains 200 000 (--paper)
+    batch_size: int = 64  # ours: more, noisier steps in the same time; the paper has 128
+    learning_rate: float = 2e-3  # ours: the highest that trains well with warm-up and decay; paper, App. B.2: 1e-3
+    warmup: int = 200  # ours: steps over which the learning rate rises from 0; the paper has none
+    decay: str = "cosine"  # ours: how the learning rate falls to 0 at the last step; the paper has "constant"
+    clip: float = 0.1  # ours: longer gradients of the loss per pixel are shortened; the paper does not (inf)
+    width: int = 32  # ours: channels at full size; the paper has 64 on MNIST, 128 on CIFAR-10
+    blocks: int = 2  # paper: residual blocks in each stage, and residual units that adapt each input
+    patch: int = 2  # ours: runs on blocks of 2x2 pixels, four times cheaper; the paper's network has 1
+    activation: str = "relu"  # ours: relu is cheaper than the paper's elu
+    sigma_1: float = 1.0  # paper, Sec. 5: the largest noise scale
+    sigma_L: float = 0.01  # paper, Sec. 5: the smallest noise scale, which the eye does not see
+    L: int = 10  # paper, Sec. 5: the number of noise scales
+    T: int = 100  # paper, Sec. 5: Langevin steps at each noise scale
+    epsilon: float = 2e-5  # paper, Sec. 5: the step size of Langevin dynamics at sigma_L
+    preview_every: int = 500  # ours: steps between pictures of what the network has learned
+    preview_T: int = 10  # ours: Langevin steps at each noise scale for those pictures, which should not take long
+    seed: int = 0  # ours: the same seed gives the same run on the same machine
+    device: str = "auto"  # ours: auto, cpu, cuda or mps
+    precision: str = "auto"  # ours: bfloat16 where it is faster than float32; auto, float32 or bfloat16
+    output: str = "output"  # ours: the folder for everything that a run writes
+
+
+PRESETS = {
+    "paper": dict(
+        steps=200_000, batch_size=128, learning_rate=1e-3, warmup=0, decay="constant", clip=math.inf,
+        width=64, patch=1, activation="elu", preview_every=5000,
+    ),
+    "smoke": dict(
+        steps=20, batch_size=16, width=8, blocks=1, warmup=0, decay="constant", T=2, preview_T=1, preview_every=10
+    ),
+}  # fmt: skip
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The learning rate of step 1, ..., config.steps: a linear warm-up, then constant or half a cosine down to 0."""
+    rise = min(1.0, step / max(1, config.warmup))
+    fall = 1.0 if config.decay == "constant" else 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
+    return config.learning_rate * rise * fall
+
+
+def draw_noise_scales(batch_size: int, L: int, generator: torch.Generator) -> Tensor:
+    """Indices (B,) long of noise scales, each of the L equally likely, and spread evenly over the batch."""
+    u = torch.rand(1, generator=generator, device=generator.device)
+    k = torch.arange(batch_size, device=generator.device)
+    return ((k + u) * L / batch_size).long().clamp(max=L - 1)
+
+
+def check(config: Config) -> None:
+    """Raises LessonError, one line that says what to do, for the first number that no run can use."""
+    check_choice(config, "dataset", DATASETS)
+    check_choice(config, "activation", ACTIVATIONS)
+    check_choice(config, "decay", ("cosine", "constant"))
+    check_choice(config, "patch", (1, 2))
+    check_positive(config, "steps", "batch_size", "learning_rate", "clip", "width", "blocks")
+    check_positive(config, "sigma_L", "T", "preview_T", "preview_every", "epsilon")
+    check_range(config, "warmup", 0, config.steps)
+    check_range(config, "sigma_L", 0, 0.99 * config.sigma_1)
+    check_range(config, "sigma_1", 0, 1000)
+    check_range(config, "L", 2, 10_000)
+
+
+def sample(network: ScoreNetwork, shape: tuple, T: int, config: Config, stop=()) -> list[Tensor]:
+    """Images of `shape` (N, C, H, W) after each noise scale; ends early if `stop`."""
+    sigmas = network.sigmas
+    generator = torch.Generator(sigmas.device).manual_seed(config.seed)  # the training's own is left alone
+    x = torch.rand(shape, generator=generator, device=sigmas.device)
+    frames = []
+    with autocast(sigmas.device, config.precision):
+        for frame in annealed_langevin_dynamics(network, x, sigmas, T, config.epsilon, generator):
+            frames.append(frame)
+            if stop:
+                return frames
+        return frames
+
+
+def train(config: Config, checkpoint: dict | None) -> int:
+    """One run, from data to pictures. Returns the exit status: 0, or 128 + the signal that ended it early."""
+    stop, device, folder, B = StopRequest(), choose_device(config.device), Path(config.output), config.batch_size
+    images = load_images(config.dataset).to(device)  # (N, C, H, W) uint8
+    C, H, W = images.shape[1:]
+
+    sigmas = geometric_noise_scales(config.sigma_1, config.sigma_L, config.L).to(device)  # (L,)
+    torch.manual_seed(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    network = ScoreNetwork(sigmas, C, config.width, config.patch, config.blocks, config.activation)
+    network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), fused=device.type != "mps")
+    log = TrainingLog(sigmas)
+    parts = {"network": network, "optimizer": optimizer, "log": log}
+    start = restore_run(checkpoint, parts, generator) if checkpoint else 0
+
+    def losses(x, i, z, precision):  # (B,)
+        with autocast(device, precision):
+            return denoising_score_matching_loss(network, x, sigmas, i, z)
+
+    # Which precision this machine runs faster, and how long the run will take
+    b = min(B, 32)
+    trial = images[:b] / 255, torch.arange(b, device=device) % len(sigmas), torch.zeros(b, C, H, W, device=device)
+    precision, seconds = choose_precision(config.precision, device, lambda p: losses(*trial, p).sum().backward())
+    optimizer.zero_grad()
+    config = replace(config, precision=precision)
+    start_output(config, network, device, seconds * B / b * (config.steps - start))
+
+    with tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True) as bar:
+        for step in range(start + 1, config.steps + 1):
+            x = images[torch.randint(len(images), (B,), generator=generator, device=device)]  # (B, C, H, W)
+            x = (x + torch.rand(x.shape, generator=generator, device=device)) / 256  # uniform dequantisation
+            i = draw_noise_scales(B, len(sigmas), generator)  # (B,)
+            z = torch.randn(x.shape, generator=generator, device=device)  # (B, C, H, W)
+            loss = losses(x, i, z, precision)
+            loss.mean().backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip * C * H * W)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            bar.update(B)
+            log.add(step, loss, i)
+            if step % LOG_EVERY == 0:
+                bar.set_postfix(loss=f"{log.close_row():.2f}")
+            if stop or step % config.preview_every == 0 or step == config.steps:
+                save_run(config, LESSON, step, parts, generator)
+                log.write(folder, D=C * H * W)
+            if stop:
+                bar.close()
+                return stop.exit_status(f"stopped and saved after step {step}")
+            if step % config.preview_every == 0:
+                frames = sample(network, (64, C, H, W), config.preview_T, config, stop)
+                if not stop:
+                    save_grid(frames[-1], folder / f"samples_step_{step:06d}.png")
+
+    frames = sample(network, (64, C, H, W), config.T, config, stop)
+    if stop:
+        return stop.exit_status("the checkpoint is saved, the last pictures are not made")
+    save_grid(frames[-1], folder / "samples.png")
+    save_gif(frames, folder / "trajectory.gif")
+    print(f"done: look at {folder / 'samples.png'}")
+    return 0
+
+
+def main() -> int:
+    """Reads the flags, and starts a run or goes on with one."""
+    config, named, resume, overwrite = parse_config(Config, PRESETS)
+    checkpoint = None
+    if resume:
+        config, checkpoint = resume_run(config, named, LESSON)
+    check(config)
+    if not resume:
+        open_output(config.output, overwrite)
+    return train(config, checkpoint)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,60 @@
+"""Annealed Langevin dynamics: walk uphill on the log density of the noisy data, kept random by fresh noise.
+
+Changes from lesson 3:
+- the update is written x + alpha s + sqrt(2 alpha) z, where lesson 3 has x + alpha/2 s + sqrt(alpha) z;
+- Technique 4, `langevin_step_size`: epsilon is computed from the ladder and T;
+- `denoise`: one last step takes away the noise that is left.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+Score = Callable[[Tensor, Tensor], Tensor]  # (x, i) -> the score, shaped like x
+
+
+def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise of x's shape, from the generator if there is one (on the generator's device)."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device).to(x.device)
+
+
+@torch.no_grad()
+def annealed_langevin_dynamics(
+    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """Algorithm 1 of the NCSNv2 paper. x (B, C, H, W) is the start; yields x after each of the L noise scales.
+
+    T steps at each scale; epsilon > 0 is the step size at sigma_L. Costs T L network calls.
+    """
+    for n, sigma_i in enumerate(sigmas):
+        i = torch.full((len(x),), n, device=x.device)
+        alpha_i = epsilon * sigma_i**2 / sigmas[-1] ** 2
+        for _ in range(T):
+            z = noise_like(x, generator)
+            x = x + alpha_i * score(x, i) + (2 * alpha_i).sqrt() * z
+        yield x
+
+
+def langevin_step_size(sigmas: Tensor, T: int) -> float:
+    """Technique 4: the epsilon > 0 with which T steps at each scale best carry the noise of one scale to the next.
+
+    sigmas (L,) geometric with ratio gamma, L >= 2; T >= 1. Take data at a single point and noise of scale
+    sigma_{i-1} = gamma sigma_i around it. Each of T steps at sigma_i shrinks what is there by 1 - r, with
+    r = epsilon / sigma_L^2, and adds noise; Prop. 3 and Eq. 5 of NCSNv2 sum that up as
+    s_T^2 / sigma_i^2 = (1-r)^(2T) (gamma^2 - b) + b with b = 2r / (1 - (1-r)^2) = 2 / (2 - r).
+    It should be 1; both gamma^2 and b are larger, so it never is, and nearest to 1 is where it is smallest.
+    """
+    gamma = float(sigmas[0] / sigmas[1])
+    r = torch.logspace(-8, 0, 1_000_001, dtype=torch.float64)  # neighbours differ by 2e-5 of themselves
+    b = 2 / (2 - r)
+    variance_ratio = (1 - r) ** (2 * T) * (gamma**2 - b) + b
+    return float(r[variance_ratio.argmin()] * sigmas[-1].double() ** 2)
+
+
+@torch.no_grad()
+def denoise(score: Score, x: Tensor, sigmas: Tensor) -> Tensor:
+    """The mean of the clean image given x with noise sigma_L (Tweedie's formula): x + sigma_L^2 s(x, L)."""
+    L = torch.full((len(x),), len(sigmas) - 1, device=x.device)
+    return x + sigmas[-1] ** 2 * score(x, L)

@@ -1,0 +1,270 @@
+import colorsys
+import lzma
+import shutil
+import struct
+import urllib.error
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import data
+from common.data import load_folder, load_images, load_labels, parse_idx
+from common.errors import LessonError
+
+
+def idx(shape, values, kind=8):
+    return bytes([0, 0, kind, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + bytes(values)
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# MNIST
+
+
+def test_mnist_train_is_the_one_everybody_has():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = load_images("mnist")
+    assert images.dtype == torch.uint8
+    assert images.shape == (60000, 1, 28, 28)
+    # the mean that every tutorial subtracts
+    assert images.float().mean().item() / 255 == pytest.approx(0.1307, abs=5e-5)
+    images[0] = 0  # the memory is ours
+
+
+def test_mnist_test_split_and_labels():
+    images, labels = load_images("mnist", "test"), load_labels("mnist", "test")
+    assert images.shape == (10000, 1, 28, 28)
+    assert labels.dtype == torch.int64
+    assert labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    assert load_labels("color_mnist").bincount().tolist() == [
+        5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949,
+    ]  # fmt: skip
+
+
+def test_readme_lists_the_sums_that_are_checked():
+    readme = (data.MNIST_DIR / "README.md").read_text()
+    assert all(f"`{name}`" in readme and f"`{md5}`" in readme for name, md5 in data.MNIST_MD5.items())
+
+
+def test_color_mnist_is_mnist_in_bright_colors_that_never_change():
+    gray, color = load_images("mnist", "test"), load_images("color_mnist", "test")
+    assert color.dtype == torch.uint8
+    assert color.shape == (10000, 3, 28, 28)
+    assert torch.equal(color.amax(1, keepdim=True), gray)  # the brightest channel is the digit itself
+    brightest = color.flatten(2).amax(2)  # (N, 3)
+    hues = torch.tensor([colorsys.rgb_to_hsv(*rgb)[0] for rgb in brightest.tolist()])
+    assert hues.histc(12, 0, 1).min() > 700  # of 833 on average
+    assert brightest[:3].tolist() == [[255, 64, 64], [64, 120, 255], [175, 255, 64]]
+    assert (color.amin(1).float() <= 0.26 * gray[:, 0] + 1).all()  # saturated
+
+
+def test_missing_mnist(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "MNIST_DIR", tmp_path)
+    with pytest.raises(LessonError, match="train-images-idx3-ubyte.xz.*No such file.*git checkout") as error:
+        load_images("mnist")
+    one_line(error)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "another file", "not xz"])
+def test_damaged_mnist(monkeypatch, tmp_path, damage):
+    name = "t10k-labels-idx1-ubyte.xz"
+    content = (data.MNIST_DIR / name).read_bytes()
+    middle = len(content) // 2
+    (tmp_path / name).write_bytes(
+        {
+            "truncated": content[:-500],
+            "empty": b"",
+            "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+            "another file": lzma.compress(idx([2], [1, 2])),
+            "not xz": b"version https://git-lfs.github.com/spec/v1\n",
+        }[damage]
+    )
+    monkeypatch.setattr(data, "MNIST_DIR", tmp_path)
+    with pytest.raises(LessonError, match=f"{name} is missing or damaged.*git checkout -- common/mnist") as error:
+        load_labels("mnist", "test")
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["mnsit", "", "MNIST"])
+def test_unknown_names_list_the_choices(name):
+    with pytest.raises(LessonError, match="mnist, color_mnist, fashion_mnist, cifar10"):
+        load_images(name)
+    with pytest.raises(LessonError, match="train, test"):
+        load_images("mnist", name)
+    with pytest.raises(LessonError, match="mnist, color_mnist"):
+        load_labels("cifar10")
+
+
+# IDX
+
+
+def test_parse_idx_reads_the_shape_from_the_header():
+    assert parse_idx(idx([2, 3], range(6))).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert parse_idx(idx([2, 0], [])).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0\0\x08", b"\0\0\x08\x03\0\0", idx([2], [1, 2], kind=9), idx([2], [1]), idx([2], [1, 2, 3]), b"PK\3\4"],
+)
+def test_parse_idx_refuses_everything_else(content):
+    with pytest.raises(ValueError, match="IDX header"):
+        parse_idx(content)
+
+
+# torchvision's data sets
+
+
+def no_network(*args, **kwargs):
+    raise urllib.error.URLError("Temporary failure\nin name resolution")
+
+
+def test_fashion_mnist_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "DATA_DIR", tmp_path)
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    with pytest.raises(LessonError, match="fashion_mnist could not be loaded.*Temporary failure in name") as error:
+        load_images("fashion_mnist")
+    text = one_line(error)
+    assert "t10k-images-idx3-ubyte.gz" in text
+    assert str(tmp_path / "FashionMNIST" / "raw") in text
+
+
+def test_cifar10_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "DATA_DIR", tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    with pytest.raises(LessonError, match=r"cifar10 could not be loaded.*cifar-10-python\.tar\.gz") as error:
+        load_images("cifar10", "test")
+    assert str(tmp_path) in one_line(error)
+
+
+def test_damaged_fashion_mnist(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "DATA_DIR", tmp_path)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in data.MNIST_MD5:  # Fashion-MNIST's files have the same names
+        (raw / name).write_bytes(idx([3, 28, 28], range(100)))
+    with pytest.raises(LessonError, match="fashion_mnist could not be loaded.*delete what is damaged"):
+        load_images("fashion_mnist")
+
+
+def test_cifar10_puts_channels_first(monkeypatch):
+    class Fake:
+        filename = "x"
+
+        def __init__(self, root, train, download):
+            self.data = np.zeros((5, 32, 32, 3), dtype=np.uint8)
+            self.data[..., 2] = 200 if train else 100
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
+    images = load_images("cifar10", "test")
+    assert images.shape == (5, 3, 32, 32)
+    assert images.amax((0, 2, 3)).tolist() == [0, 0, 100]
+
+
+# folders of pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A wide picture: blue, a red square in the middle, blue."""
+    picture = Image.new("RGB", (90, 30), "blue")
+    picture.paste("red", (30, 0, 60, 30))
+    picture.save(tmp_path / "wide.png")
+    return tmp_path
+
+
+def test_load_folder_keeps_the_centre_square(folder):
+    images = load_folder(str(folder), 8, 3)
+    assert images.dtype == torch.uint8
+    assert images.is_contiguous()
+    assert images.shape == (1, 3, 8, 8)
+    assert (images == torch.tensor([255, 0, 0]).view(1, 3, 1, 1)).all()
+    assert load_folder(folder, 8, 1).unique().tolist() == [76]  # 0.299 of 255
+
+
+def test_load_folder_reads_every_kind_in_order(tmp_path, capsys):
+    (tmp_path / "sub.png").mkdir()  # a folder, whatever its name says
+    for k, name in enumerate(["a.BMP", "b.gif", "c.jpeg", "d.JPG", "e.png", "f.webp", "sub.png/g.png"]):
+        Image.new("RGB", (10, 10), (30 * k,) * 3).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    levels = load_folder(tmp_path, 4, 1).float().mean((1, 2, 3))
+    torch.testing.assert_close(levels, 30.0 * torch.arange(7), atol=2, rtol=0)
+    assert capsys.readouterr().err == ""
+
+
+def modes():
+    red, clear = (255, 0, 0, 255), (255, 0, 0, 0)
+    yield "RGBA", Image.new("RGBA", (4, 4), clear), [255, 255, 255]
+    yield "RGBA opaque", Image.new("RGBA", (4, 4), red), [255, 0, 0]
+    yield "LA", Image.new("LA", (4, 4), (0, 0)), [255, 255, 255]
+    yield "1", Image.new("1", (4, 4), 1), [255, 255, 255]
+    yield "16 bit", Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)), [128, 128, 128]
+    yield "palette", Image.new("RGB", (4, 4), "red").convert("P"), [255, 0, 0]
+    transparent = Image.new("RGB", (4, 4), "red").quantize(2)
+    transparent.info["transparency"] = transparent.getpixel((0, 0))
+    yield "palette with transparency", transparent, [255, 255, 255]
+
+
+@pytest.mark.parametrize(("picture", "expected"), [pytest.param(p, e, id=name) for name, p, e in modes()])
+def test_load_folder_understands_every_mode(tmp_path, picture, expected):
+    picture.save(tmp_path / "x.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_folder(tmp_path, 2, 3)[0, :, 0, 0].tolist() == expected
+
+
+def test_load_folder_reads_cmyk_and_turns_photographs_upright(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
+    picture = Image.new("L", (20, 20), 0)
+    picture.paste(255, (0, 0, 20, 10))  # white above black
+    exif = Image.Exif()
+    exif[0x0112] = 3  # was taken upside down
+    picture.save(tmp_path / "b.jpg", exif=exif)
+    cmyk, upside_down = load_folder(tmp_path, 2, 3)
+    assert cmyk[0].min() > 200
+    assert cmyk[1:].max() < 60
+    assert upside_down[:, 0].max() < 30
+    assert upside_down[:, 1].min() > 225
+
+
+def test_load_folder_names_what_it_leaves_out(folder, capsys, monkeypatch):
+    whole = (folder / "wide.png").read_bytes()
+    (folder / "short.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.jpg").write_text("not a picture")
+    Image.new("1", (400, 400)).save(folder / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # Pillow itself would only warn up to twice that
+    assert len(load_folder(folder, 8, 3)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(name in line for name, line in zip(["bomb.png", "short.png", "text.jpg"], lines, strict=True))
+
+
+def test_load_folder_names_ten_and_counts_the_rest(folder, capsys):
+    for k in range(13):
+        (folder / f"{k:02}.png").touch()
+    load_folder(folder, 8, 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert "09.png" in lines[9]
+    assert lines[10] == "left out 3 more"
+
+
+def test_load_folder_without_pictures(folder):
+    with pytest.raises(LessonError, match="is not a folder"):
+        load_folder(folder / "nowhere", 8, 3)
+    with pytest.raises(LessonError, match="is not a folder"):
+        load_folder(folder / "wide.png", 8, 3)
+    with pytest.raises(LessonError, match="1 or 3 channels"):
+        load_folder(folder, 8, 4)
+    with pytest.raises(LessonError, match="at least 1 pixel"):
+        load_folder(folder, 0, 3)
+    shutil.move(folder / "wide.png", folder / "wide.txt")
+    with pytest.raises(LessonError, match="no readable picture"):
+        load_folder(folder, 8, 3)

@@ -1,0 +1,227 @@
+import pytest
+import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from common.data import load_images, load_labels
+from common.digit_classifier import WEIGHTS, DigitClassifier, accuracy, load_classifier
+from common.digit_metrics import (
+    class_histogram,
+    digit_features,
+    digit_report,
+    entropy,
+    frechet_distance,
+    nearest_training_digit,
+    precision_recall,
+    print_report,
+)
+from common.errors import LessonError
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def train():
+    return load_images("mnist", split="train")
+
+
+@pytest.fixture(scope="module")
+def test():
+    return load_images("mnist", split="test")
+
+
+@pytest.fixture(scope="module")
+def test_features(test):
+    return digit_features(test / 255)
+
+
+@pytest.fixture(scope="module")
+def report(train):
+    return digit_report(train[:200] / 255)  # copies of training digits
+
+
+def test_the_shipped_weights_know_the_test_digits(test):
+    assert accuracy(load_classifier(), test, load_labels("mnist", split="test")) >= 0.99
+
+
+def test_the_shipped_weights_are_small():
+    assert WEIGHTS.stat().st_size < 1e6
+
+
+def test_accuracy_counts(test):
+    labels = load_labels("mnist", split="test")[:1000]
+    right = accuracy(load_classifier(), test[:1000], labels)
+    assert accuracy(load_classifier(), test[:1000], (labels + 1) % 10) < 1 - right + 1e-9
+
+
+def test_missing_weights_are_one_line(tmp_path):
+    with pytest.raises(LessonError, match="python -m common.digit_classifier"):
+        load_classifier(tmp_path / "none.pt")
+
+
+def test_features_lead_to_the_logits(test):
+    x = test[:8] / 255
+    model = load_classifier()
+    assert torch.equal(model(x), model.classes(digit_features(x)))
+    assert digit_features(x).shape == (8, DigitClassifier().classes.in_features)
+
+
+def test_frechet_distance_agrees_with_torchmetrics(train, test):
+    class Features(nn.Module):
+        num_features = DigitClassifier().classes.in_features
+
+        def forward(self, x):
+            return digit_features(x)
+
+    real = test[:600] / 255
+    for fake in (train[:40] / 255, train[:500] / 255, torch.rand(500, 1, 28, 28, generator=generator())):
+        oracle = FrechetInceptionDistance(feature=Features(), normalize=True)
+        oracle.update(real, real=True)
+        oracle.update(fake, real=False)
+        distance = frechet_distance(digit_features(fake), digit_features(real))
+        assert distance == pytest.approx(oracle.compute().item(), rel=1e-4)
+
+
+def test_frechet_distance_of_gaussians():
+    # Standardised, so that mean and covariance are exactly 0 and the identity; then moved: S = R diag(s^2) R^T.
+    x = torch.randn(500, 4, dtype=torch.float64, generator=generator())
+    x = x - x.mean(0)
+    x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), x.T, upper=False).T
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=generator(1)))[0]
+    s, t, shift = torch.tensor([1.0, 2, 3, 0]), torch.tensor([2.0, 2, 0, 0]), torch.tensor([3.0, 0, 4, 0])
+    a, b = x * s @ rotation, (x * t + shift) @ rotation
+    assert frechet_distance(a, b) == pytest.approx(25 + (s - t).square().sum().item(), rel=1e-9)
+    assert frechet_distance(x * s, x * s @ rotation) > 0.1  # the same variances in other directions
+
+
+def test_frechet_distance_with_fewer_samples_than_features():
+    few = torch.randn(5, 64, generator=generator())
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(few, few + 2) == pytest.approx(4 * 64, rel=1e-5)
+    with pytest.raises(LessonError, match="two samples"):
+        frechet_distance(few[:1], few)
+
+
+def test_precision_and_recall_by_hand():
+    real, fake = torch.tensor([[0.0], [1], [10], [12]]), torch.tensor([[2.0], [4], [14], [15], [30]])
+    # k = 1: the real radii are 1 1 2 2, which reach 2 (just) and 14 (just); the fake ones 2 2 1 1 15 reach 0 (just), 1.
+    assert precision_recall(real, fake, k=1) == (2 / 5, 2 / 4)
+    # k = 2: the real radii are 10 9 9 11, which reach all but 30; the fake ones 12 10 10 11 16 reach all.
+    assert precision_recall(real, fake, k=2) == (4 / 5, 1)
+
+
+def test_precision_and_recall_tell_what_is_missing():
+    real = torch.randn(1500, 2, generator=generator()) + torch.tensor([[0.0, 0], [50, 0]]).repeat(750, 1)
+    one_of_two_modes = torch.randn(1200, 2, generator=generator(1)) / 2
+    precision, recall = precision_recall(real, one_of_two_modes)
+    assert precision > 0.98 and 0.2 < recall < 0.5
+    assert precision_recall(one_of_two_modes, real) == (recall, precision)
+    assert precision_recall(real, real + 1000) == (0, 0)
+    with pytest.raises(LessonError, match="more than 3"):
+        precision_recall(real, real[:3])
+
+
+def test_classes_and_their_entropy(test):
+    labels = load_labels("mnist", split="test")
+    assert class_histogram(test[labels == 7] / 255)[7] > 0.97 * (labels == 7).sum()
+    assert class_histogram(test[:700] / 255).sum() == 700
+    assert class_histogram(test[labels == 0] / 255).shape == (10,)
+    assert entropy(torch.full((10,), 3)) == pytest.approx(2.302585)
+    assert entropy(torch.tensor([5, 0, 0])) == 0
+    assert entropy(torch.tensor([1, 1, 0, 2])) == pytest.approx(1.5 * 0.693147, rel=1e-5)
+
+
+def test_copies_are_found_at_distance_zero(train):
+    images = train[:9000] / 255
+    rows = torch.tensor([0, 4095, 4096, 8999])
+    distances, indices = nearest_training_digit(images[rows], images)
+    assert torch.equal(distances, torch.zeros(4)) and torch.equal(indices, rows)
+    moved = (images[rows] - 0.001).clamp(min=0)
+    distances, indices = nearest_training_digit(moved, images)
+    assert (distances > 0).all() and torch.equal(indices, rows)
+
+
+def test_nearest_digit_is_the_exact_one(train, test):
+    color = train[:5000].repeat(1, 3, 1, 1) / 255
+    x = test[:20].repeat(1, 3, 1, 1) / 255
+    distances, indices = nearest_training_digit(x, color)
+    every = (x[:, None] - color[None, :]).flatten(2).norm(dim=2)  # (20, 5000)
+    assert torch.equal(indices, every.argmin(dim=1))
+    torch.testing.assert_close(distances, every.amin(dim=1))
+
+
+def test_real_is_far_better_than_corrupted_and_corrupted_than_noise(train, test_features):
+    real = train[10_000:11_000] / 255
+    noise = torch.rand(real.shape, generator=generator())
+    corrupted = torch.cat([real[:500], (real[500:] + 0.5 * (noise[500:] - 0.5)).clamp(0, 1)])
+    floor, middle, ceiling = (frechet_distance(digit_features(x), test_features) for x in (real, corrupted, noise))
+    assert floor < 10 and ceiling > 500
+    assert 3 * floor < middle < ceiling / 3
+
+
+def test_color_digits_are_judged_as_the_gray_ones(train, test_features):
+    gray, color = train[:300] / 255, load_images("color_mnist", split="train")[:300] / 255
+    assert torch.equal(digit_features(gray.repeat(1, 3, 1, 1)), digit_features(gray))
+    torch.testing.assert_close(digit_features(color), digit_features(gray))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(4, 1, 32, 32),
+        torch.zeros(4, 2, 28, 28),
+        torch.zeros(4, 28, 28),
+        torch.zeros(0, 1, 28, 28),
+        torch.zeros(4, 1, 28, 28, dtype=torch.uint8),
+        torch.full((4, 1, 28, 28), 1.5),
+        torch.full((4, 1, 28, 28), -0.1),
+        torch.full((4, 1, 28, 28), torch.nan),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(images):
+    with pytest.raises(LessonError, match="digit metrics need") as error:
+        digit_features(images)
+    assert "\n" not in str(error.value)
+
+
+def test_report_puts_samples_between_floor_and_ceiling(report):
+    samples, floor, ceiling = report["samples"], report["floor"], report["ceiling"]
+    assert samples["n"] == floor["n"] == ceiling["n"] == 200
+    assert max(samples["fid"], floor["fid"]) < 0.1 * ceiling["fid"]
+    assert min(samples["precision"], floor["precision"]) > 0.8 and ceiling["precision"] < 0.1
+    assert min(samples["recall"], floor["recall"]) > 0.3 and ceiling["recall"] < 0.1
+    assert min(samples["entropy"], floor["entropy"]) > 2.2 > ceiling["entropy"]
+    assert sum(samples["histogram"]) == 200
+
+
+def test_report_unmasks_copies_and_its_floor_is_not_one(report):
+    assert report["samples"]["nearest"] == 0
+    assert 3 < report["floor"]["nearest"] < 9 < report["ceiling"]["nearest"]
+
+
+def test_report_is_the_same_every_time_and_leaves_the_random_state_alone(train, report):
+    state = torch.get_rng_state()
+    assert digit_report(train[:200] / 255) == report
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_report_needs_a_sensible_number_of_images():
+    for n in (3, 10_001):
+        with pytest.raises(LessonError, match=f"4 to 10 000 .* not {n}"):
+            digit_report(torch.zeros(n, 1, 28, 28))
+
+
+def test_printed_table(report, capsys):
+    print_report(report)
+    header, *rows = capsys.readouterr().out.splitlines()[:4]
+    assert "digit FID" in header and "10 000" not in header
+    for row, key, name in zip(rows, ("samples", "floor", "ceiling"), ("samples", "real digits", "noise"), strict=True):
+        assert row.startswith(name) and len(row) == len(header)
+        assert row.split()[-6:] == [
+            str(report[key]["n"]),
+            f"{report[key]['fid']:.1f}",
+            *(f"{report[key][column]:.3f}" for column in ("precision", "recall", "entropy")),
+            f"{report[key]['nearest']:.2f}",
+        ]

@@ -1,0 +1,165 @@
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from common.data import load_images
+from common.errors import LessonError
+from common.images import PADDING, PADDING_GRAY, save_gif, save_grid, save_loss_plot, save_strip
+
+
+def read(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def flat(*levels, size=4, channels=1):
+    """One flat image for each level: (N, C, size, size)."""
+    return torch.tensor(levels, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, channels, size, size)
+
+
+def test_grid_shows_every_pixel_where_it_belongs(tmp_path):
+    images = torch.rand(5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    save_grid(images, tmp_path / "x.png", columns=3, scale=2)
+    picture = read(tmp_path / "x.png")
+    assert picture.shape == (2 * (8 + PADDING) + PADDING, 3 * (12 + PADDING) + PADDING, 3)
+    for k in range(6):
+        top, left = PADDING + k // 3 * (8 + PADDING), PADDING + k % 3 * (12 + PADDING)
+        cell = picture[top : top + 8, left : left + 12]
+        if k < 5:
+            expected = (images[k].permute(1, 2, 0) * 255).round().numpy().astype(np.uint8)
+            np.testing.assert_array_equal(cell, expected.repeat(2, 0).repeat(2, 1))
+        else:
+            assert (cell == PADDING_GRAY).all()
+        picture = picture.copy()
+        picture[top : top + 8, left : left + 12] = PADDING_GRAY
+    assert (picture == PADDING_GRAY).all()  # nothing but padding is left
+
+
+def test_grid_defaults_are_square_and_easy_to_see(tmp_path):
+    save_grid(torch.zeros(10, 1, 28, 28), tmp_path / "x.png")
+    assert read(tmp_path / "x.png").shape == (3 * 58 + 2, 4 * 58 + 2)
+    save_grid(torch.zeros(1, 1, 64, 64), tmp_path / "x.png")
+    assert read(tmp_path / "x.png").shape == (68, 68)
+
+
+def test_grid_clamps_and_takes_what_a_network_returns(tmp_path):
+    images = flat(-3.0, 0.5, 7.0, float("inf")).to(torch.bfloat16).clone().requires_grad_()
+    save_grid(images, tmp_path / "x.png", columns=4, scale=1)
+    assert read(tmp_path / "x.png")[3, 3::6].tolist() == [0, 128, 255, 255]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.full((2, 1, 4, 4), float("nan")),
+        torch.zeros(2, 1, 4, 4, dtype=torch.uint8),
+        torch.zeros(2, 4, 4),
+        torch.zeros(2, 2, 4, 4),
+        torch.zeros(0, 1, 4, 4),
+    ],
+)
+def test_grid_refuses_what_is_not_images(tmp_path, images):
+    with pytest.raises(ValueError, match="images"):
+        save_grid(images, tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_strip_has_a_row_for_each_image_and_both_ends_of_time(tmp_path):
+    frames = [flat(k / 255, k / 255 + 100 / 255) for k in range(100)]
+    save_strip(frames, tmp_path / "x.png", moments=4, scale=1)
+    picture = read(tmp_path / "x.png")
+    assert picture.shape == (2 * 6 + 2, 4 * 6 + 2)
+    assert picture[3, 3::6].tolist() == [0, 33, 66, 99]
+    assert picture[9, 3::6].tolist() == [100, 133, 166, 199]
+    save_strip(frames[:3], tmp_path / "x.png", moments=8, scale=1)
+    assert picture.shape[1] > read(tmp_path / "x.png").shape[1] == 3 * 6 + 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gif_repeats_holds_the_last_frame_and_keeps_both_ends(tmp_path, channels):
+    frames = [flat(k / 99, 1 - k / 99, channels=channels) for k in range(100)]
+    save_gif(frames, tmp_path / "x.gif", scale=1, milliseconds=50, hold=900, max_frames=6)
+    with Image.open(tmp_path / "x.gif") as picture:
+        assert picture.info["loop"] == 0
+        shown = [(frame.info["duration"], frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
+    assert [duration for duration, _ in shown] == [50, 50, 50, 50, 50, 900]
+    for (_, frame), level in zip(shown, [0, 51, 102, 153, 204, 255], strict=True):
+        assert frame.getpixel((3, 3)) == (level,) * 3
+        assert frame.getpixel((9, 3)) == (255 - level,) * 3
+
+
+def test_gif_keeps_colors_apart(tmp_path):
+    colors = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.6, 0]])
+    save_gif([colors[:, :, None, None].expand(-1, -1, 4, 4)], tmp_path / "x.gif", columns=4, scale=1)
+    with Image.open(tmp_path / "x.gif") as picture:
+        shown = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(shown[3, 3::6], (colors * 255).numpy())
+
+
+@pytest.mark.parametrize(("name", "megabytes"), [("mnist", 2), ("color_mnist", 3)])
+def test_gif_of_noise_that_turns_into_digits_is_small(tmp_path, name, megabytes):
+    generator = torch.Generator().manual_seed(0)
+    digits = load_images(name, "test")[:64] / 255.0
+    sigmas = 5.0 * 0.002 ** torch.linspace(0, 1, 100)
+    frames = [digits + sigma * torch.randn(digits.shape, generator=generator) for sigma in sigmas]
+    save_gif(frames, tmp_path / "x.gif", scale=2)
+    assert (tmp_path / "x.gif").stat().st_size < megabytes * 1e6
+
+
+@pytest.mark.parametrize("save", [save_gif, save_strip])
+def test_no_frames(tmp_path, save):
+    with pytest.raises(ValueError, match="0 frames"):
+        save([], tmp_path / "x")
+    with pytest.raises(ValueError, match="NaN"):
+        save([flat(0.0), flat(float("nan"))], tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def plot(path, S, bands=3, reference=392.0):
+    generator = torch.Generator().manual_seed(0)
+    losses = 10 + 300 * torch.rand(S, bands, generator=generator)
+    known = losses.masked_fill(torch.rand(S, bands, generator=generator) < 0.5, float("nan"))
+    known[:, -1] = float("nan")  # a band that never had a sample
+    labels = [f"band {k}" for k in range(bands)]
+    save_loss_plot(list(range(S)), losses.mean(1).tolist(), known.tolist(), labels, path, reference)
+
+
+@pytest.mark.parametrize("S", [0, 1, 500])
+def test_loss_plot_of_any_length_without_warnings(tmp_path, S):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot(tmp_path / "x.png", S)
+    assert read(tmp_path / "x.png").shape[:2] == (450, 1300)
+
+
+def test_loss_plot_draws_means_bands_and_the_reference(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: figures.append(figure))
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it is an error
+    losses, bands = [4.0] * 199 + [float("nan")], [[2.0, k % 2] for k in range(200)]
+    save_loss_plot(range(200), losses, bands, ["a", "b"], tmp_path / "x.png", reference=50)
+    left, right = figures[0].axes
+    raw, mean = left.lines
+    assert len(raw.get_xdata()) == 200
+    np.testing.assert_array_equal(mean.get_xdata(), np.arange(2, 199))
+    np.testing.assert_allclose(mean.get_ydata(), 4)
+    a, b, reference = right.lines
+    np.testing.assert_allclose(a.get_ydata(), 2)
+    np.testing.assert_allclose(b.get_ydata(), 0.5)
+    assert [line.get_label() for line in right.lines] == ["a", "b", "network that returns zero: D/2"]
+    assert list(reference.get_ydata()) == [50, 50]
+    assert reference.get_linestyle() == "--"
+    assert left.get_yscale() == right.get_yscale() == "log"
+
+
+def test_a_place_that_cannot_be_written_is_a_lesson_error(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "x"
+    for write in (save_grid, lambda images, path: save_gif([images], path), lambda images, path: plot(path, 5)):
+        with pytest.raises(LessonError, match="cannot write") as error:
+            write(flat(0.0), path)
+        assert "\n" not in str(error.value)
