@@ -20,10 +20,13 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None):
     """Reads flags: (configuration, set of the fields that were named, whether to resume, whether to overwrite).
 
     Each field `batch_size: int = 64  # why` becomes `--batch-size`, with its comment and default in --help; each key of
-    `presets` becomes a flag (`--paper`, `--smoke`) that changes several defaults at once. A flag that is unknown or cannot be read as the field's type ends the program (status 2).
+    `presets` becomes a flag (`--paper`, `--smoke`) that changes several defaults at once. A flag that is unknown or
+    cannot be read as the field's type ends the program with status 2.
     """
     comments = field_comments(config_class)
-    parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=inspect.getmodule(config_class).__doc__.split("\n")[0], allow_abbrev=False
+    )
     earlier = parser.add_mutually_exclusive_group()
     earlier.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")

@@ -10,7 +10,6 @@ makes them again: ACCURACY
 """
 
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -20,27 +19,28 @@ from tqdm import tqdm
 
 from common.data import load_images, load_labels
 from common.errors import LessonError
+from common.files import atomic_write
 
 WEIGHTS = Path(__file__).with_suffix(".pt")
 
 
 class DigitClassifier(nn.Module):
-    """Three convolutions and two linear layers: 241 k parameters, no dropout and no batch norm, so no modes."""
+    """Three strided convolutions and two linear layers: 258 k parameters. No dropout, no batch norm, hence no modes."""
 
     def __init__(self):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
-        self.conv3 = nn.Conv2d(64, 128, 3, padding=1)
-        self.hidden = nn.Linear(128 * 3 * 3, 128)
-        self.classes = nn.Linear(128, 10)
+        self.conv1 = nn.Conv2d(1, 32, 5, stride=2, padding=2)
+        self.conv2 = nn.Conv2d(32, 64, 5, stride=2, padding=2)
+        self.conv3 = nn.Conv2d(64, 128, 3, stride=2, padding=1)
+        self.hidden = nn.Linear(128 * 4 * 4, 64)
+        self.classes = nn.Linear(64, 10)
 
     def features(self, x: Tensor) -> Tensor:
-        """The last hidden layer, (N, 128) and >= 0, of images x (N, 1, 28, 28) in [0, 1]."""
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # (N, 32, 14, 14)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # (N, 64, 7, 7)
-        x = F.max_pool2d(F.relu(self.conv3(x)), 2)  # (N, 128, 3, 3)
-        return F.relu(self.hidden(x.flatten(1)))  # (N, 128)
+        """The last hidden layer, (N, 64) and >= 0, of images x (N, 1, 28, 28) in [0, 1]."""
+        x = F.relu(self.conv1(x))  # (N, 32, 14, 14)
+        x = F.relu(self.conv2(x))  # (N, 64, 7, 7)
+        x = F.relu(self.conv3(x))  # (N, 128, 4, 4)
+        return F.relu(self.hidden(x.flatten(1)))  # (N, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, 10) of images x (N, 1, 28, 28) in [0, 1]."""
@@ -73,8 +73,11 @@ def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
     return int(sum(right)) / len(images)
 
 
-def train(epochs: int = 10, batch_size: int = 100, peak_lr: float = 2e-3, seed: int = 0) -> DigitClassifier:
-    """Train on the 60 000 training digits: Adam, one cycle of the learning rate."""
+def train(epochs: int = 12, batch_size: int = 200, peak_lr: float = 3e-3, seed: int = 0) -> DigitClassifier:
+    """Train on the 60 000 training digits: AdamW, one cycle of the learning rate.
+
+    Label smoothing is for the features: without it the loss rewards larger and larger ones for as long as it trains.
+    """
     torch.manual_seed(seed)
     images, labels = load_images("mnist", split="train"), load_labels("mnist", split="train")
     model = DigitClassifier()
@@ -83,7 +86,7 @@ def train(epochs: int = 10, batch_size: int = 100, peak_lr: float = 2e-3, seed: 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak_lr, total_steps=steps)
     batches = torch.cat([torch.randperm(len(images)) for _ in range(epochs)]).split(batch_size)
     for batch in tqdm(batches, desc="training"):
-        loss = F.cross_entropy(model(jitter(images[batch] / 255)), labels[batch])
+        loss = F.cross_entropy(model(jitter(images[batch] / 255)), labels[batch], label_smoothing=0.02)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -94,9 +97,8 @@ def train(epochs: int = 10, batch_size: int = 100, peak_lr: float = 2e-3, seed: 
 def main() -> None:
     """Train, save, and report the accuracy of what was saved."""
     weights = {name: weight.half() for name, weight in train().state_dict().items()}  # 16 bits: half the download
-    temporary = WEIGHTS.with_suffix(".tmp")
-    torch.save(weights, temporary)
-    os.replace(temporary, WEIGHTS)
+    with atomic_write(WEIGHTS) as temporary:
+        torch.save(weights, temporary)
     share = accuracy(load_classifier(), load_images("mnist", split="test"), load_labels("mnist", split="test"))
     print(f"{WEIGHTS.name}: {share:.2%} of the 10 000 test digits, {WEIGHTS.stat().st_size / 1e3:.0f} kB")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common.layers import ACTIVATIONS, channel_moments
+from common.layers import ACTIVATIONS, average_pool5, channel_moments
 
 
 def conv3x3(c_in, c_out, dilation=1, bias=True):
@@ -92,8 +92,7 @@ class ChainedResidualPooling(nn.Module):
     def __init__(self, channels, act, L):
         super().__init__()
         self.act = act
-        pool = partial(F.avg_pool2d, kernel_size=5, stride=1, padding=2)
-        self.units = nn.ModuleList(ConvUnit(channels, channels, pool, L) for _ in range(2))
+        self.units = nn.ModuleList(ConvUnit(channels, channels, average_pool5, L) for _ in range(2))
 
     def forward(self, x, i):
         x = path = self.act(x)

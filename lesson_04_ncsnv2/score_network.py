@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common.layers import ACTIVATIONS, channel_moments
+from common.layers import ACTIVATIONS, average_pool5, channel_moments
 
 
 def conv3x3(c_in, c_out, dilation=1, bias=True):
@@ -94,8 +94,7 @@ class ChainedResidualPooling(nn.Module):
     def __init__(self, channels, act):
         super().__init__()
         self.act = act
-        pool = partial(F.avg_pool2d, kernel_size=5, stride=1, padding=2)
-        self.units = nn.ModuleList(ConvUnit(channels, channels, pool) for _ in range(2))
+        self.units = nn.ModuleList(ConvUnit(channels, channels, average_pool5) for _ in range(2))
 
     def forward(self, x):
         x = path = self.act(x)

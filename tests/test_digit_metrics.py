@@ -51,9 +51,9 @@ def test_the_shipped_weights_are_small():
 
 
 def test_accuracy_counts(test):
-    labels = load_labels("mnist", split="test")[:1000]
-    right = accuracy(load_classifier(), test[:1000], labels)
-    assert accuracy(load_classifier(), test[:1000], (labels + 1) % 10) < 1 - right + 1e-9
+    labels = load_labels("mnist", split="test")
+    always_three = lambda x: torch.eye(10)[torch.full((len(x),), 3)]
+    assert accuracy(always_three, test, labels) == (labels == 3).sum().item() / 10_000
 
 
 def test_missing_weights_are_one_line(tmp_path):

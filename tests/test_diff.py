@@ -1,0 +1,131 @@
+"""`diff -r lesson_03_ncsn lesson_04_ncsnv2` is the second paper, and stays small enough to be read as one."""
+
+import ast
+import difflib
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OLD, NEW = ROOT / "lesson_03_ncsn", ROOT / "lesson_04_ncsnv2"
+PURE = ("noise_scales.py", "score_network.py", "loss.py", "sampler.py")  # no script: what a person may import
+FILES = (*PURE, "train_mnist.py")
+CHANGED_LINES = 46
+
+
+def text(folder, file):
+    return (folder / file).read_text()
+
+
+def definitions(source):
+    """{"Class", "Class.method", "function", "function.inner": node}, in the order of the file."""
+    found = {}
+
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                found[prefix + child.name] = child
+                visit(child, f"{prefix}{child.name}.")
+            else:
+                visit(child, prefix)
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def changed_lines(old, new):
+    """The lines removed or the lines added, whichever are more; functions and classes that are new count for nothing."""
+    known, lines = definitions(old), new.splitlines()
+    added = [node for name, node in definitions(new).items() if name not in known]
+    skip = set()
+    for node in added:
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        while first > 1 and not lines[first - 2].strip():  # and the empty lines above it
+            first -= 1
+        skip.update(range(first, node.end_lineno + 1))
+    lines = [line for number, line in enumerate(lines, 1) if number not in skip]
+    diff = list(difflib.unified_diff(old.splitlines(), lines, n=0, lineterm=""))[2:]  # after the two file names
+    return max(sum(line.startswith("-") for line in diff), sum(line.startswith("+") for line in diff))
+
+
+def imports(source):
+    """The modules a file imports, with a dot in front of a relative import."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def test_changed_lines_counts_as_a_reader_would():
+    old = "a = 1\nb = 2\n\n\ndef f():\n    return a\n"
+    assert changed_lines(old, old) == 0
+    assert changed_lines(old, old.replace("a = 1", "a = 3")) == 1
+    assert changed_lines(old, old.replace("a = 1", "a = 3\nc = 4\nd = 5")) == 3
+    assert changed_lines(old, old.replace("b = 2\n", "")) == 1
+    assert changed_lines(old, old + "\n\n@cache\ndef g():\n    return b\n") == 0
+    assert changed_lines(old, "a = 1\nb = 2\n\n\ndef g():\n    return a\n") == 4  # f is gone, with the lines above it
+
+
+def test_loss_is_identical():
+    assert (OLD / "loss.py").read_bytes() == (NEW / "loss.py").read_bytes()
+
+
+def test_the_lessons_have_the_same_files():
+    old, new = ({path.name for path in folder.glob("*.py")} for folder in (OLD, NEW))
+    assert old == new
+    assert old >= set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_changes_few_lines(file):
+    assert changed_lines(text(OLD, file), text(NEW, file)) <= CHANGED_LINES
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_definitions_keep_their_names_and_order(file):
+    old, new = list(definitions(text(OLD, file))), list(definitions(text(NEW, file)))
+    assert [name for name in new if name in old] == old  # lesson 4 adds to lesson 3 and renames nothing
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_arguments_keep_their_names_and_order(file):
+    """A function of lesson 4 may do without an argument (the network is no longer told i), and has no other."""
+    old, new = definitions(text(OLD, file)), definitions(text(NEW, file))
+    for name in old.keys() & new.keys():
+        if isinstance(old[name], ast.FunctionDef):
+            before, after = ([arg.arg for arg in node.args.args] for node in (old[name], new[name]))
+            assert after == [arg for arg in before if arg in after], name
+
+
+def test_the_public_interface_is_the_same(lesson):
+    def arguments(function):
+        return list(inspect.signature(function).parameters)
+
+    network = lesson.score_network.ScoreNetwork
+    assert arguments(lesson.noise_scales.geometric_noise_scales) == ["sigma_1", "sigma_L", "L"]
+    assert arguments(network)[:3] == ["sigmas", "channels", "width"]
+    assert arguments(network.forward) == ["self", "x", "i"]
+    assert arguments(lesson.loss.denoising_score_matching_loss) == ["score", "x", "sigmas", "i", "z"]
+    sampler = lesson.sampler.annealed_langevin_dynamics
+    assert arguments(sampler) == ["score", "x", "sigmas", "T", "epsilon", "generator"]
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_lesson_4_says_what_changed(file):
+    if file != "loss.py":
+        assert "Changes from lesson 3" in ast.get_docstring(ast.parse(text(NEW, file)))
+
+
+@pytest.mark.parametrize("folder", [OLD, NEW], ids=lambda folder: folder.name)
+def test_a_lesson_stands_alone(folder):
+    allowed = {"torch", "einops", "common", *sys.stdlib_module_names}
+    paths = sorted(folder.glob("*.py"))
+    assert len(paths) > len(PURE)
+    for path in paths:
+        for module in imports(path.read_text()):
+            top = module.split(".")[0]
+            assert not top.startswith("lesson_") or top == folder.name, f"{path.name} imports {module}"
+            assert path.name not in PURE or top in allowed, f"{path.name} imports {module}"
