@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import re
+import shlex
 import signal
 import sys
 
@@ -35,12 +36,14 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None):
         listed = ", ".join(f"{key} {value}" for key, value in changes.items())
         preset.add_argument(f"--{name}", action="store_const", const=name, dest="preset", help=listed)
     for field in dataclasses.fields(config_class):
-        parser.add_argument(
-            _flag(field.name),
-            type=type(field.default),
-            metavar=type(field.default).__name__.upper(),
-            help=f"{comments[field.name]} (default: {field.default})".replace("%", "%%"),
+        kind = type(field.default)
+        how = (
+            {"action": argparse.BooleanOptionalAction}
+            if kind is bool
+            else {"type": kind, "metavar": kind.__name__.upper()}
         )
+        shown = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
+        parser.add_argument(_flag(field.name), default=None, help=shown, **how)
     flags = vars(parser.parse_args(arguments))
     resume, overwrite, preset = flags.pop("resume"), flags.pop("overwrite"), flags.pop("preset")
     named = {name: value for name, value in flags.items() if value is not None}
@@ -89,7 +92,7 @@ class StopRequest:
 
     def exit_status(self, what_happened: str) -> int:
         """Prints what happened and how to go on; returns the exit status of a program that the signal ended."""
-        script = " ".join(word for word in sys.argv if word not in ("--resume", "--overwrite"))
+        script = shlex.join(word for word in sys.argv if word not in ("--resume", "--overwrite"))
         print(f"{what_happened}; go on with: python {script} --resume", flush=True)
         return 128 + self.signal_number
 
@@ -100,3 +103,8 @@ def run(main):
         sys.exit(main())
     except LessonError as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        words = ("out of memory", "DefaultCPUAllocator")  # what PyTorch says on a GPU, and on a CPU
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            raise
+        sys.exit("error: the memory is full; try a smaller --batch-size or --width")

@@ -2,8 +2,10 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from common.errors import LessonError
 
@@ -53,3 +55,21 @@ def choose_precision(name: str, device: torch.device, step) -> tuple[str, float]
     seconds = {name: seconds_per_step(lambda: step(name), device) for name in names}  # noqa: B023
     fastest = min(seconds, key=seconds.get)
     return fastest, seconds[fastest]
+
+
+def in_batches(network, precision: str, device: torch.device, bar=None, batch_size: int = 100) -> Callable:
+    """The network as a function (x, i) -> score that runs at most `batch_size` images at once, in `precision`.
+
+    `bar`, if there is one, is told how many images each call took.
+    """
+
+    def score(x: Tensor, i: Tensor) -> Tensor:
+        parts = []
+        with autocast(device, precision):
+            for a, b in zip(x.split(batch_size), i.split(batch_size)):
+                parts.append(network(a, b))
+                if bar is not None:
+                    bar.update(len(a))
+        return torch.cat(parts)
+
+    return score

@@ -73,10 +73,11 @@ def start_output(config, network: torch.nn.Module, device: torch.device, seconds
     print(f"writes to {folder.resolve()}; Ctrl-C saves and stops", flush=True)
 
 
-def save_run(config, lesson: str, step: int, parts: dict, generator: torch.Generator) -> None:
-    """Writes checkpoint.pt. parts: {name: network, optimiser, or what else has a state_dict}."""
+def save_run(config, lesson: str, step: int, image_shape: tuple, parts: dict, generator: torch.Generator) -> None:
+    """Writes checkpoint.pt. image_shape: (C, H, W); parts: {name: network or what else has a state_dict}."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    states |= {"generator": generator.get_state(), "config": dataclasses.asdict(config), "step": step}
+    states |= {"generator": generator.get_state(), "config": dataclasses.asdict(config)}
+    states |= {"image_shape": tuple(image_shape), "step": step}
     save_checkpoint(Path(config.output) / "checkpoint.pt", lesson, **states)
 
 

@@ -131,16 +131,18 @@ class ScoreNetwork(nn.Module):
     patch: 2 runs on blocks of 2x2 pixels, each with its numbers stacked as channels; a quarter of the work. 1 or 2.
     blocks: residual blocks in each stage, and residual units that adapt each input of a refine block.
     activation: a name in common.layers.ACTIVATIONS.
+    skip: the network sees x / sqrt(1 + mean x^2), as large under strong noise as under weak, and minus that is added to
+    its output: where x is nearly all noise, that is nearly the answer.
     """
 
-    def __init__(self, sigmas, channels=1, width=64, patch=1, blocks=2, activation="elu"):
+    def __init__(self, sigmas, channels=1, width=64, patch=1, blocks=2, activation="elu", skip=False):
         super().__init__()
         act, W, W2 = ACTIVATIONS[activation], width, 2 * width
         block = partial(ResidualBlock, act=act)
         refine = partial(RefineBlock, act=act, blocks=blocks)
 
         self.register_buffer("sigmas", sigmas.clone())
-        self.patch, self.act = patch, act
+        self.patch, self.act, self.skip = patch, act, skip
         self.first = conv3x3(channels * patch**2, W)
         self.stages = nn.ModuleList(  # feature maps of a 28-pixel image, patch 1:
             nn.ModuleList([first, *(block(c, c, dilation=dilation) for _ in range(blocks - 1))])
@@ -164,6 +166,8 @@ class ScoreNetwork(nn.Module):
 
     def forward(self, x: Tensor, i: Tensor) -> Tensor:
         """x (B, C, H, W) noisy images, i (B,) long, 0 for sigma_1; returns the score (B, C, H, W), float32."""
+        if self.skip:
+            x = x * torch.rsqrt(1 + x.square().mean(dim=(1, 2, 3), keepdim=True))
         h = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
         h = self.first(h.contiguous(memory_format=torch.channels_last))
         stages = []
@@ -176,4 +180,5 @@ class ScoreNetwork(nn.Module):
             h = refine([stages.pop(), h])
         h = self.last(self.act(self.norm(h)))
         h = rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch).float()
+        h = h - x if self.skip else h
         return h / self.sigmas[i][:, None, None, None]  # Technique 3
