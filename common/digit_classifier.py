@@ -1,12 +1,12 @@
 """The judge's eyes: a small classifier of digits, whose features `common.digit_metrics` compares.
 
-The usual Frechet distance looks through Inception, which was trained on the colour photographs of ImageNet. Enlarged gray
-digits are nothing it has ever seen, and its numbers say little about them; hence a network that was trained on digits.
+The usual Frechet distance looks through Inception, which was trained on the colour photographs of ImageNet. It has
+never seen enlarged gray digits, and its features say little about them; hence a network that was trained on digits.
 Its weights are part of the repository, so that everybody's numbers compare. From the repository's root
 
     python -m common.digit_classifier
 
-makes them again: ACCURACY
+makes them again, in less than 3 minutes on two cores. The shipped ones know 99.44 % of the 10 000 test digits.
 """
 
 import math
@@ -48,12 +48,15 @@ class DigitClassifier(nn.Module):
 
 
 def load_classifier(path: Path = WEIGHTS) -> DigitClassifier:
-    """The trained classifier, on the CPU. Raises LessonError where its weights are missing."""
-    if not path.exists():
-        raise LessonError(f"{path} is missing: run `python -m common.digit_classifier` in the repository's root.")
+    """The trained classifier, on the CPU. Raises LessonError if its weights are missing or damaged."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a different class for each way in which a file can be damaged
+        advice = "run `python -m common.digit_classifier` in the repository's root"
+        raise LessonError(f"{path} is missing or damaged: {advice}") from error
     with torch.device("meta"):  # no initialisation: it would draw from the global generator of a running training
         model = DigitClassifier()
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.float().requires_grad_(False).eval()
 
 
@@ -81,10 +84,9 @@ def train(epochs: int = 12, batch_size: int = 200, peak_lr: float = 3e-3, seed: 
     torch.manual_seed(seed)
     images, labels = load_images("mnist", split="train"), load_labels("mnist", split="train")
     model = DigitClassifier()
-    steps = epochs * len(images) // batch_size
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak_lr, total_steps=steps)
     batches = torch.cat([torch.randperm(len(images)) for _ in range(epochs)]).split(batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak_lr, total_steps=len(batches))
     for batch in tqdm(batches, desc="training"):
         loss = F.cross_entropy(model(jitter(images[batch] / 255)), labels[batch], label_smoothing=0.02)
         optimizer.zero_grad()

@@ -4,9 +4,9 @@ The features compared are those of `common.digit_classifier`, not Inception's; d
 The classifier is the judge: nothing in training or sampling may use it, nor choose by it while it runs, or the numbers
 measure how well the judge was bribed.
 
-A Frechet distance of n samples is biased upwards, the more so the smaller n is, and real digits do not score zero
-either. So `digit_report` measures, in the same call and with the same n, real digits (the floor) and noise (the ceiling).
-Everything runs on the CPU in float32 or float64, so that everybody's numbers compare.
+The fewer the samples, the larger their Frechet distance, and even real digits do not score zero. So `digit_report`
+measures, in the same call and with the same n, real digits (the floor) and noise (the ceiling).
+Everything runs on the CPU in float32 or float64, again so that everybody's numbers compare.
 """
 
 import torch
@@ -18,12 +18,12 @@ from common.errors import LessonError
 
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
 COLUMNS = {  # key in a row of the report: title, format
-    "n": ("n", "d"),
+    "n": ("    n", "d"),
     "fid": ("digit FID", ".1f"),
     "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"),
     "entropy": ("class entropy", ".3f"),
-    "nearest": ("nearest training digit", ".2f"),
+    "nearest": ("nearest train", ".2f"),
 }
 ROWS = {"samples": "samples", "floor": "real digits (floor)", "ceiling": "noise (ceiling)"}
 
@@ -81,7 +81,7 @@ def class_histogram(images: Tensor) -> Tensor:
 
 
 def entropy(counts: Tensor) -> float:
-    """Entropy in nats of a histogram (K,): ln K if all classes are equally frequent (2.303 for ten), 0 if one is all."""
+    """Entropy in nats of a histogram (K,): ln K if all classes are equally frequent (2.303 for ten), 0 for only one."""
     return torch.special.entr(counts.double() / counts.sum()).sum().item()
 
 
@@ -107,8 +107,9 @@ def digit_report(images: Tensor, seed: int = 0) -> dict:
     10), "entropy", "nearest"}. FID, precision and recall are against the 10 000 test digits, nearest is the median
     distance to the nearest of the 60 000 training digits. The floor is n training digits drawn by `seed`; only its
     nearest is of n test digits, because a training digit would find itself.
-    Raises LessonError for images that `gray` refuses, and for less than 4 or more than 10 000 of them.
+    Raises LessonError for images that `gray` refuses, and for fewer than 4 or more than 10 000 of them.
     """
+    images = gray(images)
     n, generator = len(images), torch.Generator().manual_seed(seed)
     if not 4 <= n <= 10_000:
         raise LessonError(f"the report needs 4 to 10 000 images (the test set has no more), not {n}")
@@ -116,7 +117,7 @@ def digit_report(images: Tensor, seed: int = 0) -> dict:
     real = train[torch.randperm(len(train), generator=generator)[:n]]
     unseen = test[torch.randperm(len(test), generator=generator)[:n]]
     noise = torch.rand(n, 1, 28, 28, generator=generator)
-    images, test_features = gray(images), digit_features(test)
+    test_features = digit_features(test)
     against = test_features, _radii(test_features, NEIGHBOURS), train  # the radii are the slowest part: once for all
     return {
         "samples": _row(images, images, *against),
@@ -127,13 +128,13 @@ def digit_report(images: Tensor, seed: int = 0) -> dict:
 
 def print_report(report: dict) -> None:
     """Print what `digit_report` returned as a table, with what its columns mean."""
-    print(" " * 20 + "".join(f"  {title}" for title, _ in COLUMNS.values()))
+    print(" " * 19 + "".join(f"  {title}" for title, _ in COLUMNS.values()))
     for key, name in ROWS.items():
         cells = [f"{report[key][column]:{len(title)}{form}}" for column, (title, form) in COLUMNS.items()]
-        print(f"{name:20}" + "".join(f"  {cell}" for cell in cells))
+        print(f"{name:19}" + "".join(f"  {cell}" for cell in cells))
     print(f"classes 0 to 9 of the samples: {report['samples']['histogram']}; even classes have entropy 2.303")
-    print("FID, precision, recall: against the 10 000 test digits. Nearest: median distance in pixels; the floor's is")
-    print("that of n test digits, the other columns' floor is n training digits.")
+    print("digit FID, precision, recall: against the 10 000 test digits; their floor is n training digits.")
+    print("nearest train: median distance, in pixels, to the nearest training digit; its floor is n test digits.")
 
 
 def _row(images, images_for_nearest, test_features, test_radii, train):
@@ -171,5 +172,4 @@ def _share_among(points, others, radii):
 
 
 def _distances(a, b):
-    # not by matrix products: their rounding would move a point out of a sphere on whose surface it lies
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(a.double(), b.double())  # by matrix products, whose cancellation float32 would not survive
