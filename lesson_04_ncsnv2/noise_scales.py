@@ -31,7 +31,7 @@ def largest_pairwise_distance(images: Tensor) -> float:
     if len(images) == 0:
         raise ValueError("the largest pairwise distance needs at least one image")
     x = images.flatten(1)  # (N, D)
-    x = x - x.min()  # distances stay as they are, and no entry is negative
+    x = x - x.amin(0)  # distances stay as they are, and no entry is negative
     square_norms, order = x.square().sum(1).sort(descending=True)  # (N,)
     best, pair, rows = -1.0, (0, 0), 256
     for start in range(0, len(x), rows):
@@ -75,5 +75,10 @@ def noise_scale_ratio(dimension: int, overlap: float = 0.5) -> float:
 
 
 def number_of_noise_scales(sigma_1: float, sigma_L: float, gamma: float) -> int:
-    """The smallest L, at least 2, of a ladder from sigma_1 to sigma_L whose ratio is not above gamma > 1."""
+    """The smallest L, at least 2, of a ladder from sigma_1 to sigma_L whose ratio is not above gamma.
+
+    sigma_1 > sigma_L > 0 and gamma > 1; ValueError otherwise.
+    """
+    if not (sigma_1 > sigma_L > 0 and gamma > 1):
+        raise ValueError(f"a ladder needs sigma_1 > sigma_L > 0 and gamma > 1, not {sigma_1}, {sigma_L} and {gamma}")
     return max(2, 1 + math.ceil(math.log(sigma_1 / sigma_L) / math.log(gamma) - 1e-9))

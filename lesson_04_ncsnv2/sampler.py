@@ -3,7 +3,8 @@
 Changes from lesson 3:
 - the update is written x + alpha s + sqrt(2 alpha) z, where lesson 3 has x + alpha/2 s + sqrt(alpha) z;
 - Technique 4, `langevin_step_size`: epsilon is computed from the ladder and T;
-- `denoise`: one last step takes away the noise that is left.
+- `denoise`: one last step takes away the noise that is left;
+- `consistent_annealed_sampling`: a later sampler that needs fewer network calls (not in the paper).
 """
 
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ def langevin_step_size(sigmas: Tensor, T: int) -> float:
     s_T^2 / sigma_i^2 = (1-r)^(2T) (gamma^2 - b) + b with b = 2r / (1 - (1-r)^2) = 2 / (2 - r).
     It should be 1; both gamma^2 and b are larger, so it never is, and nearest to 1 is where it is smallest.
     """
+    if T < 1 or len(sigmas) < 2:
+        raise ValueError(f"the step size needs T >= 1 and L >= 2, not {T} and {len(sigmas)}")
     gamma = float(sigmas[0] / sigmas[1])
     r = torch.logspace(-8, 0, 1_000_001, dtype=torch.float64)  # neighbours differ by 2e-5 of themselves
     b = 2 / (2 - r)
@@ -58,3 +61,27 @@ def denoise(score: Score, x: Tensor, sigmas: Tensor) -> Tensor:
     """The mean of the clean image given x with noise sigma_L (Tweedie's formula): x + sigma_L^2 s(x, L)."""
     L = torch.full((len(x),), len(sigmas) - 1, device=x.device)
     return x + sigmas[-1] ** 2 * score(x, L)
+
+
+@torch.no_grad()
+def consistent_annealed_sampling(
+    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """Algorithm 1's fresh noise, set so that x holds exactly the noise that the next step expects.
+
+    Jolicoeur-Martineau et al. 2020, arXiv 2009.05475, Sec. 4. Arguments, result and cost are those of
+    `annealed_langevin_dynamics`. A step with eta = epsilon / sigma_L^2 leaves 1 - eta of the noise in x; what is missing
+    to the noise of the next step is drawn afresh: to sigma_i for all but the last of T steps, which moves on to
+    sigma_{i+1}. Noise can be added but not taken back, so 1 - 1 / gamma <= eta <= 1; ValueError otherwise.
+    """
+    eta = epsilon / float(sigmas[-1]) ** 2
+    lowest = 1 - float((sigmas[1:] / sigmas[:-1]).min())
+    if not lowest - 1e-6 <= eta <= 1:
+        raise ValueError(f"epsilon / sigma_L^2 must lie between {lowest:.4f} and 1 on this ladder, not {eta:.4f}")
+    for n, sigma_i in enumerate(sigmas):
+        i = torch.full((len(x),), n, device=x.device)
+        for t in range(T):
+            goal = sigmas[min(n + 1, len(sigmas) - 1)] if t == T - 1 else sigma_i
+            missing = (goal**2 - ((1 - eta) * sigma_i) ** 2).clamp(min=0).sqrt()
+            x = x + eta * sigma_i**2 * score(x, i) + missing * noise_like(x, generator)
+        yield x

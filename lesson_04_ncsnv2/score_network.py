@@ -166,6 +166,8 @@ class ScoreNetwork(nn.Module):
 
     def forward(self, x: Tensor, i: Tensor) -> Tensor:
         """x (B, C, H, W) noisy images, i (B,) long, 0 for sigma_1; returns the score (B, C, H, W), float32."""
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            raise ValueError(f"the network takes images of even height and width, not {tuple(x.shape[2:])}")
         if self.skip:
             x = x * torch.rsqrt(1 + x.square().mean(dim=(1, 2, 3), keepdim=True))
         h = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)

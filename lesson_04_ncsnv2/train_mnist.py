@@ -20,12 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
 
 from loss import denoising_score_matching_loss
-from noise_scales import (
-    geometric_noise_scales,
-    largest_pairwise_distance,
-    noise_scale_ratio,
-    number_of_noise_scales,
-)
+from noise_scales import geometric_noise_scales, largest_pairwise_distance, noise_scale_ratio, number_of_noise_scales
 from sample import LESSON, NETWORK_OPTIONS, draw
 from score_network import ScoreNetwork
 
@@ -117,8 +112,9 @@ def check(config: Config) -> None:
     check_choice(config, "optimizer", OPTIMIZERS)
     check_choice(config, "decay", ("cosine", "constant"))
     check_choice(config, "patch", (1, 2))
-    check_positive(config, "steps", "batch_size", "learning_rate", "clip", "spread", "width", "blocks")
+    check_positive(config, "steps", "batch_size", "learning_rate", "clip", "spread", "blocks")
     check_positive(config, "sigma_L", "T", "preview_T", "preview_every")
+    check_range(config, "width", 2, 4096)
     check_range(config, "warmup", 0, config.steps)
     check_range(config, "sigma_L", 0, 1)
     check_range(config, "overlap", 0.01, 0.98)

@@ -36,7 +36,7 @@ def definitions(source):
 
 
 def changed_lines(old, new):
-    """The lines removed or the lines added, whichever are more; functions and classes that are new count for nothing."""
+    """Lines removed or lines added, whichever are more; functions and classes that are new count for nothing."""
     known, lines = definitions(old), new.splitlines()
     added = [node for name, node in definitions(new).items() if name not in known]
     skip = set()
