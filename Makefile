@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(abspath $(VENV))/bin
 
-.PHONY: train lesson-03 lesson-04 test lint smoke diff
+.PHONY: train lesson-03 lesson-04 test lint smoke bench diff
 
 train: lesson-04
 
@@ -20,6 +20,9 @@ lint: $(VENV)/installed-dev
 smoke: $(VENV)/installed
 	cd lesson_03_ncsn && $(BIN)/python train_mnist.py --smoke --overwrite --output output/smoke
 	cd lesson_04_ncsnv2 && $(BIN)/python train_mnist.py --smoke --overwrite --output output/smoke
+
+bench: $(VENV)/installed
+	$(BIN)/python -m common.bench
 
 diff:
 	git diff --no-index --color=always -- lesson_03_ncsn lesson_04_ncsnv2 | less -R

@@ -16,19 +16,24 @@ def save_checkpoint(path: str | Path, lesson: str, **state) -> None:
 
 def load_checkpoint(path: str | Path, lesson: str, device="cpu") -> dict:
     """What `save_checkpoint` wrote, on `device`. LessonError if it is missing, damaged or another lesson's."""
-    path = Path(path)
-    if not path.is_file():
-        raise LessonError(f"there is no checkpoint {path}; train first, or name another one")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    checkpoint = _read(Path(path), device)
+    if not isinstance(checkpoint, dict) or "lesson" not in checkpoint:
+        raise LessonError(f"{path} is not a checkpoint of these lessons; name one that train_mnist.py wrote")
+    if checkpoint["lesson"] != lesson:
         found = checkpoint["lesson"]
+        raise LessonError(f"{path} is a checkpoint of {found}, not of {lesson}; use the scripts in {found}/")
+    return checkpoint
+
+
+def _read(path, device):
+    if not path.is_file():
+        raise LessonError(f"there is no file {path}; train first, or name another one")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise LessonError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch.load raises a different class for each way in which a file can be damaged
-        raise LessonError(f"{path} is damaged or not a checkpoint of these lessons; train again") from error
-    if found != lesson:
-        raise LessonError(f"{path} is a checkpoint of {found}, not of {lesson}; use the scripts in {found}/")
-    return checkpoint
+        raise LessonError(f"{path} is damaged, or not a file that these lessons wrote") from error
 
 
 def load_weights(module: torch.nn.Module, weights: dict, path) -> None:
@@ -37,3 +42,9 @@ def load_weights(module: torch.nn.Module, weights: dict, path) -> None:
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise LessonError(f"the weights in {path} do not fit this network; was it made with other flags?") from error
+
+
+def load_tensor(path: str | Path) -> torch.Tensor | None:
+    """The tensor in a file, or None if the file holds something else. LessonError if it cannot be read."""
+    found = _read(Path(path), "cpu")
+    return found if isinstance(found, torch.Tensor) else None

@@ -57,6 +57,11 @@ def choose_precision(name: str, device: torch.device, step) -> tuple[str, float]
     return fastest, seconds[fastest]
 
 
+def steps_in(minutes: float, seconds: float) -> int:
+    """How many training steps of `seconds` fit into `minutes`, if an eighth goes to start-up and pictures."""
+    return max(1, int(minutes * 60 * 7 / 8 / seconds))
+
+
 def in_batches(network, precision: str, device: torch.device, bar=None, batch_size: int = 100) -> Callable:
     """The network as a function (x, i) -> score that runs at most `batch_size` images at once, in `precision`.
 

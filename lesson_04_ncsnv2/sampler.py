@@ -70,7 +70,7 @@ def consistent_annealed_sampling(
     """Algorithm 1's fresh noise, set so that x holds exactly the noise that the next step expects.
 
     Jolicoeur-Martineau et al. 2020, arXiv 2009.05475, Sec. 4. Arguments, result and cost are those of
-    `annealed_langevin_dynamics`. A step with eta = epsilon / sigma_L^2 leaves 1 - eta of the noise in x; what is missing
+    `annealed_langevin_dynamics`. A step with eta = epsilon / sigma_L^2 leaves 1 - eta of the noise; what is missing
     to the noise of the next step is drawn afresh: to sigma_i for all but the last of T steps, which moves on to
     sigma_{i+1}. Noise can be added but not taken back, so 1 - 1 / gamma <= eta <= 1; ValueError otherwise.
     """

@@ -28,7 +28,7 @@ from common.cli import StopRequest, check_choice, check_positive, check_range, p
 from common.data import DATASETS, load_images
 from common.images import save_gif, save_grid
 from common.layers import ACTIVATIONS
-from common.machine import autocast, choose_device, choose_precision
+from common.machine import autocast, choose_device, choose_precision, steps_in
 from common.optimizer import OPTIMIZERS, Optimizer
 from common.output import open_output, restore_run, resume_run, save_run, start_output
 from common.training_log import TrainingLog
@@ -42,6 +42,7 @@ class Config:
 
     dataset: str = "mnist"  # paper: CIFAR-10, CelebA, LSUN, FFHQ; ours: mnist, color_mnist, fashion_mnist or cifar10
     steps: int = 3000  # ours: what two CPU cores do in eight minutes; the paper trains 300 000 (--paper)
+    minutes: float = 0.0  # ours: if not 0, the number of steps is what fits into so many minutes on this machine
     batch_size: int = 64  # ours: more, noisier steps in the same time; the paper has 128
     optimizer: str = "muon"  # ours: learns as much from two thirds of the images; the paper has "adam"
     learning_rate: float = 2e-3  # ours: the highest that trains well with warm-up and decay; paper, App. B.2: 1e-4
@@ -115,10 +116,21 @@ def check(config: Config) -> None:
     check_positive(config, "steps", "batch_size", "learning_rate", "clip", "spread", "blocks")
     check_positive(config, "sigma_L", "T", "preview_T", "preview_every")
     check_range(config, "width", 2, 4096)
-    check_range(config, "warmup", 0, config.steps)
+    check_range(config, "minutes", 0, 10**6)
+    check_range(config, "warmup", 0, 10**9)
     check_range(config, "sigma_L", 0, 1)
     check_range(config, "overlap", 0.01, 0.98)
     check_range(config, "ema_decay", 0, 1)
+
+
+def training_step(network, optimizer, x, i, z, precision: str, config: Config, rate: float = 0.0) -> Tensor:
+    """One step with learning rate `rate` on images x, noise z (B, C, H, W) and scales i (B,); the loss of each (B,)."""
+    with autocast(x.device, precision):
+        loss = denoising_score_matching_loss(network, x, network.sigmas, i, z)
+    loss.mean().backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip * x[0].numel())
+    optimizer.step(rate)
+    return loss.detach()
 
 
 def train(config: Config, checkpoint: dict | None) -> int:
@@ -146,15 +158,15 @@ def train(config: Config, checkpoint: dict | None) -> int:
     parts = {"network": network, "ema": ema, "optimizer": optimizer, "log": log}
     start = restore_run(checkpoint, parts, generator) if checkpoint else 0
 
-    def losses(x, i, z, precision):  # (B,)
-        with autocast(device, precision):
-            return denoising_score_matching_loss(network, x, sigmas, i, z)
-
-    # Which precision this machine runs faster, and how long the run will take
-    b = min(B, 32)
-    trial = images[:b] / 255, torch.arange(b, device=device) % len(sigmas), torch.zeros(b, C, H, W, device=device)
-    precision, seconds = choose_precision(config.precision, device, lambda p: losses(*trial, p).sum().backward())
-    network.zero_grad()
+    # What this machine does faster, and how long the run will take: a few steps of a copy of the network
+    trial = copy.deepcopy(network)
+    trial_optimizer, b = Optimizer(trial, config.optimizer, fused=device.type != "mps"), min(B, 64)
+    x, i = images[:b] / 255, torch.zeros(b, dtype=torch.long, device=device)
+    precision, seconds = choose_precision(
+        config.precision, device, lambda name: training_step(trial, trial_optimizer, x, i, x, name, config)
+    )
+    if config.minutes:
+        config = replace(config, steps=steps_in(config.minutes, seconds * B / b), minutes=0.0)
     config = replace(config, precision=precision)
     start_output(config, network, device, seconds * B / b * (config.steps - start))
 
@@ -163,10 +175,7 @@ def train(config: Config, checkpoint: dict | None) -> int:
             x = images[torch.randint(len(images), (B,), generator=generator, device=device)] / 255  # (B, C, H, W)
             i = draw_noise_scales(B, sigmas, config.spread, generator)  # (B,)
             z = torch.randn(x.shape, generator=generator, device=device)  # (B, C, H, W)
-            loss = losses(x, i, z, precision)
-            loss.mean().backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip * C * H * W)
-            optimizer.step(learning_rate(step, config))
+            loss = training_step(network, optimizer, x, i, z, precision, config, learning_rate(step, config))  # (B,)
             update_ema(ema, network, step, config.ema_decay)  # Technique 5
 
             bar.update(B)

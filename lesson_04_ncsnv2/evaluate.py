@@ -1,0 +1,45 @@
+"""How good are the digits? `python evaluate.py output/checkpoint.pt`, or a tensor of samples, prints a table."""
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
+
+from sample import draw, load_network
+
+from common.checkpoint import load_tensor
+from common.cli import check_range, run
+from common.digit_metrics import digit_report, print_report
+from common.machine import choose_device
+
+
+def main() -> None:
+    """Reads the flags, draws the samples if a checkpoint is given, and prints the table."""
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("path", help="a checkpoint, or samples (N, C, 28, 28) in [0, 1] saved by torch.save")
+    parser.add_argument("--num", type=int, default=1000, help="how many samples to draw (default: 1000)")
+    parser.add_argument("--seed", type=int, default=1, help="the same seed draws the same samples (default: 1)")
+    parser.add_argument("--T", type=int, default=0, help="Langevin steps at each noise scale (default: the run's)")
+    parser.add_argument("--save", help="also write the samples, as a tensor, to this file")
+    options = parser.parse_args()
+    check_range(options, "num", 4, 10_000)
+
+    samples = load_tensor(options.path)
+    if samples is None:
+        network, checkpoint = load_network(options.path, choose_device("auto"))
+        config, shape = checkpoint["config"], (options.num, *checkpoint["image_shape"])
+        T = options.T or config["T"]
+        print(f"step {checkpoint['step']}, T = {T}, {len(network.sigmas)} noise scales")
+        with tqdm(total=options.num * (T * len(network.sigmas) + 1), unit=" calls", unit_scale=True) as bar:
+            samples = draw(network, shape, T, config["precision"], options.seed, bar=bar)[-1].cpu()
+    if options.save:
+        torch.save(samples, options.save)
+    print_report(digit_report(samples.clamp(0, 1)))
+
+
+if __name__ == "__main__":
+    run(main)
