@@ -40,19 +40,25 @@ def resume_run(config, named: set[str], lesson: str) -> tuple:
     """The configuration and the checkpoint with which the run in config.output goes on.
 
     The run keeps the configuration it started with; the fields in `named`, given on the command line, must agree with
-    it unless they are free to change. LessonError otherwise, and as `load_checkpoint` raises.
+    it unless they are free to change; `minutes` became a number of steps when the run began, and that stays.
+    LessonError otherwise, and as `load_checkpoint` raises.
     """
     path = Path(config.output) / "checkpoint.pt"
     checkpoint = load_checkpoint(path, lesson)
-    saved = dataclasses.replace(config, **checkpoint["config"])
-    for name in sorted(named - FREE_TO_CHANGE):
+    try:
+        saved, step = dataclasses.replace(config, **checkpoint["config"]), checkpoint["step"]
+    except (KeyError, TypeError) as error:
+        raise LessonError(f"{path} is of another version of {lesson}: start a new run") from error
+    for name in sorted(named - FREE_TO_CHANGE - {"minutes"}):
         if getattr(config, name) != getattr(saved, name):
             flag, value = "--" + name.replace("_", "-"), getattr(saved, name)
             raise LessonError(f"{path} was made with {flag} {value}: resume without {flag}, or start a new run")
-    kept = named & FREE_TO_CHANGE | {"output"}
-    config = dataclasses.replace(saved, **{name: getattr(config, name) for name in kept})
-    if config.steps < checkpoint["step"]:
-        raise LessonError(f"{path} is already at step {checkpoint['step']}: ask for more --steps than that")
+    changed = named & FREE_TO_CHANGE | {"output"}
+    if "minutes" in named:
+        changed.discard("steps")
+    config = dataclasses.replace(saved, **{name: getattr(config, name) for name in changed})
+    if config.steps < step:
+        raise LessonError(f"{path} is already at step {step}: ask for more --steps than that")
     return config, checkpoint
 
 
@@ -74,19 +80,32 @@ def start_output(config, network: torch.nn.Module, device: torch.device, seconds
 
 
 def save_run(config, lesson: str, step: int, image_shape: tuple, parts: dict, generator: torch.Generator) -> None:
-    """Writes checkpoint.pt. image_shape: (C, H, W); parts: {name: network or what else has a state_dict}."""
+    """Writes checkpoint.pt. image_shape: (C, H, W); parts: {name: network or what else has a state_dict}.
+
+    LessonError, and the last checkpoint stays, if a network holds a weight that is not finite.
+    """
     states = {name: part.state_dict() for name, part in parts.items()}
+    networks = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+    if not all(weights.isfinite().all() for network in networks for weights in network.parameters()):
+        raise LessonError(
+            f"the weights are not finite after step {step}; the last checkpoint is kept; try a lower --learning-rate"
+        )
     states |= {"generator": generator.get_state(), "config": dataclasses.asdict(config)}
     states |= {"image_shape": tuple(image_shape), "step": step}
     save_checkpoint(Path(config.output) / "checkpoint.pt", lesson, **states)
 
 
 def restore_run(checkpoint: dict, parts: dict, generator: torch.Generator) -> int:
-    """Puts what `save_run` wrote back into `parts` and `generator`, and returns the step."""
-    for name, part in parts.items():
-        if isinstance(part, torch.nn.Module):
-            load_weights(part, checkpoint[name], "checkpoint.pt")
-        else:
-            part.load_state_dict(checkpoint[name])
-    generator.set_state(checkpoint["generator"])
+    """Puts what `save_run` wrote back into `parts` and `generator`, and returns the step. LessonError if it is not all
+    there, or does not fit.
+    """
+    try:
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module):
+                load_weights(part, checkpoint[name], "checkpoint.pt")
+            else:
+                part.load_state_dict(checkpoint[name])
+        generator.set_state(checkpoint["generator"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise LessonError("checkpoint.pt does not fit this version of the lesson: start a new run") from error
     return checkpoint["step"]
