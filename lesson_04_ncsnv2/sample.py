@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="output/checkpoint.pt", help="what train_mnist.py wrote")
     parser.add_argument("--num", type=int, default=64, help="how many images (default: 64)")
     parser.add_argument("--seed", type=int, default=1, help="the same seed draws the same images (default: 1)")
-    parser.add_argument("--T", type=int, default=5, help="Langevin steps at each noise scale (default: 5)")
+    parser.add_argument("--T", type=int, default=10, help="Langevin steps at each noise scale (default: 10)")
     parser.add_argument("--output", default="output/drawn.png", help="the picture (default: output/drawn.png)")
     options = parser.parse_args()
     check_positive(options, "num", "T")
