@@ -49,9 +49,7 @@ class Config:
     warmup: int = 100  # ours: steps over which the learning rate rises from 0; the paper has none
     decay: str = "cosine"  # ours: how the learning rate falls to 0 at the last step; the paper has "constant"
     clip: float = 0.1  # ours: longer gradients of the loss per pixel are shortened; the paper does not (inf)
-    focus: float = (
-        1.5  # ours: noise scales near this one, where digits take shape, come more often; the paper has none (0)
-    )
+    focus: float = 1.5  # ours: noise scales near this one, where digits take shape, come more often; paper: none (0)
     width: int = 48  # ours: channels at full size; the paper has 128 on CIFAR-10
     blocks: int = 1  # ours: residual blocks in each stage, and units that adapt each input; the paper has 2
     patch: int = 2  # ours: runs on blocks of 2x2 pixels, four times cheaper; the paper's network has 1
