@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("path", help="a checkpoint, or samples (N, C, 28, 28) in [0, 1] saved by torch.save")
     parser.add_argument("--num", type=int, default=1000, help="how many samples to draw (default: 1000)")
     parser.add_argument("--seed", type=int, default=1, help="the same seed draws the same samples (default: 1)")
-    parser.add_argument("--T", type=int, default=0, help="Langevin steps at each noise scale (default: the run's)")
+    parser.add_argument("--T", type=int, help="Langevin steps at each noise scale (default: the run's); 0: consistent")
     parser.add_argument("--save", help="also write the samples, as a tensor, to this file")
     options = parser.parse_args()
     check_range(options, "num", 4, 10_000)
@@ -32,9 +32,9 @@ def main() -> None:
     if samples is None:
         network, checkpoint = load_network(options.path, choose_device("auto"))
         config, shape = checkpoint["config"], (options.num, *checkpoint["image_shape"])
-        T = options.T or config["T"]
+        T = config["T"] if options.T is None else options.T
         print(f"step {checkpoint['step']}, T = {T}, {len(network.sigmas)} noise scales")
-        with tqdm(total=options.num * (T * len(network.sigmas) + 1), unit=" calls", unit_scale=True) as bar:
+        with tqdm(total=options.num * (max(1, T) * len(network.sigmas) + 1), unit=" calls", unit_scale=True) as bar:
             samples = draw(network, shape, T, config["precision"], options.seed, bar=bar)[-1].cpu()
     if options.save:
         torch.save(samples, options.save)

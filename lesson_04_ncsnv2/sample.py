@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
 
-from sampler import annealed_langevin_dynamics, denoise, langevin_step_size
+from sampler import annealed_langevin_dynamics, consistent_annealed_sampling, denoise, langevin_step_size
 from score_network import ScoreNetwork
 
 from common.checkpoint import load_checkpoint, load_weights
-from common.cli import check_positive, run
+from common.cli import check_positive, check_range, run
 from common.images import save_grid
 from common.machine import choose_device, in_batches
 
@@ -36,13 +36,21 @@ def load_network(path: str | Path, device: torch.device) -> tuple[ScoreNetwork, 
 def draw(network: ScoreNetwork, shape: tuple, T: int, precision: str, seed: int, stop=(), bar=None) -> list[Tensor]:
     """Images of `shape` (N, C, H, W) after each noise scale and, last, denoised; ends early if `stop` becomes true.
 
-    The same seed gives the same images. `bar`, if there is one, is told of each network call.
+    T = 0 stands for consistent annealed sampling, which makes do with one step at each noise scale; Langevin dynamics
+    needs T >= 3. The same seed gives the same images. `bar`, if there is one, is told of each network call.
     """
     sigmas, frames = network.sigmas, []
     generator = torch.Generator(sigmas.device).manual_seed(seed)  # its own, so that a training's is left alone
     score = in_batches(network, precision, sigmas.device, bar)
     x = sigmas[0] * torch.randn(shape, generator=generator, device=sigmas.device)
-    for frame in annealed_langevin_dynamics(score, x, sigmas, T, langevin_step_size(sigmas, T), generator):
+    if T == 0:
+        eta = max(
+            0.3, 1 - float((sigmas[1:] / sigmas[:-1]).min())
+        )  # 0.3 if the ladder's steps are not too large for it
+        steps = consistent_annealed_sampling(score, x, sigmas, 1, eta * float(sigmas[-1]) ** 2, generator)
+    else:
+        steps = annealed_langevin_dynamics(score, x, sigmas, T, langevin_step_size(sigmas, T), generator)
+    for frame in steps:
         frames.append(frame)
         if stop:
             return frames
@@ -55,14 +63,17 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="output/checkpoint.pt", help="what train_mnist.py wrote")
     parser.add_argument("--num", type=int, default=64, help="how many images (default: 64)")
     parser.add_argument("--seed", type=int, default=1, help="the same seed draws the same images (default: 1)")
-    parser.add_argument("--T", type=int, default=10, help="Langevin steps at each noise scale (default: 10)")
+    parser.add_argument(
+        "--T", type=int, default=10, help="Langevin steps at each noise scale (default: 10); 0: consistent sampling"
+    )
     parser.add_argument("--output", default="output/drawn.png", help="the picture (default: output/drawn.png)")
     options = parser.parse_args()
-    check_positive(options, "num", "T")
+    check_positive(options, "num")
+    check_range(options, "T", 0, 10_000)
 
     network, checkpoint = load_network(options.checkpoint, choose_device("auto"))
     shape, precision = (options.num, *checkpoint["image_shape"]), checkpoint["config"]["precision"]
-    with tqdm(total=options.num * (options.T * len(network.sigmas) + 1), unit=" calls", unit_scale=True) as bar:
+    with tqdm(total=options.num * (max(1, options.T) * len(network.sigmas) + 1), unit=" calls", unit_scale=True) as bar:
         images = draw(network, shape, options.T, precision, options.seed, bar=bar)[-1]
     save_grid(images.cpu(), options.output)
     print(f"step {checkpoint['step']} of {options.checkpoint}; look at {options.output}")

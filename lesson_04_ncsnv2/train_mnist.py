@@ -60,7 +60,7 @@ class Config:
     T: int = 10  # ours: Langevin steps at each noise scale, as large as affordable; the paper has 5 for 32x32 pixels
     ema_decay: float = 0.995  # ours: a shorter memory for a shorter run; paper, Technique 5: 0.999
     preview_every: int = 500  # ours: steps between pictures of what the network has learned
-    preview_T: int = 1  # ours: Langevin steps at each noise scale for those pictures, which should not take long
+    preview_T: int = 0  # ours: T for those pictures, which should not take long; 0 is consistent annealed sampling
     seed: int = 0  # ours: the same seed gives the same run on the same machine
     device: str = "auto"  # ours: auto, cpu, cuda or mps
     precision: str = "auto"  # ours: bfloat16 where it is faster than float32; auto, float32 or bfloat16
@@ -114,9 +114,10 @@ def check(config: Config) -> None:
     check_choice(config, "decay", ("cosine", "constant"))
     check_choice(config, "patch", (1, 2))
     check_positive(config, "steps", "batch_size", "learning_rate", "clip", "blocks")
-    check_positive(config, "sigma_L", "T", "preview_T", "preview_every")
+    check_positive(config, "sigma_L", "T", "preview_every")
     check_range(config, "width", 2, 4096)
     check_range(config, "focus", 0, 10**6)
+    check_range(config, "preview_T", 0, 10_000)
     check_range(config, "minutes", 0, 10**6)
     check_range(config, "warmup", 0, 10**9)
     check_range(config, "sigma_L", 0, 1)
