@@ -1,0 +1,91 @@
+"""Running a lesson's train_mnist.py: as a person would, or inside the test's process, which saves importing torch."""
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import common.cli
+import common.data
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # networks as small as these only lose time with more threads
+
+
+@dataclass
+class Result:
+    status: int
+    stdout: str
+    stderr: str
+
+
+def command(lesson, *flags, root=ROOT):
+    """What subprocess needs to run `python train_mnist.py *flags` in the lesson's folder."""
+    arguments = [sys.executable, "train_mnist.py", *map(str, flags)]
+    return {"args": arguments, "cwd": root / lesson, "env": ENVIRONMENT, "text": True}
+
+
+def run(lesson, *flags, root=ROOT, **options):
+    """Runs the script in a process of its own, with the 60 000 digits."""
+    done = subprocess.run(**command(lesson, *flags, root=root), capture_output=True, timeout=120, **options)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@functools.cache
+def script(lesson, name="train_mnist"):
+    """A lesson's script as a module. It imports the files beside it by names that the other lesson has too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / lesson))
+        for path in (ROOT / lesson).glob("*.py"):
+            sys.modules.pop(path.stem, None)
+        return importlib.import_module(f"{lesson}.{name}")
+
+
+@functools.cache
+def some_images(name):
+    return common.data.load_images(name)[:1000]
+
+
+def run_here(lesson, *flags, name="train_mnist"):
+    """Runs the main() of a lesson's script in this process, with the first 1000 digits."""
+    module, out, err = script(lesson, name), io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        patch.setattr(module, "load_images", some_images, raising=False)
+        try:
+            torch.set_num_threads(1)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+                common.cli.run(module.main)
+        finally:
+            torch.set_num_threads(threads)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    code = ended.value.code
+    if isinstance(code, str):  # Python prints it, and exits with 1
+        return Result(1, out.getvalue(), err.getvalue() + code + "\n")
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def quick(lesson, *flags):
+    """run_here for the shortest run that makes every kind of file: 5 steps, no previews, one checkpoint."""
+    few_scales = ("--L", 3, "--T", 1) if lesson == "lesson_03_ncsn" else ("--overlap", 0.01)
+    return run_here(
+        lesson, "--smoke", "--precision", "float32", "--steps", 5, "--preview-every", 1000, *few_scales, *flags
+    )
+
+
+def hashes(folder):
+    """{name: hash} of every file in a folder, hidden ones too."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}

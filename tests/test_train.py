@@ -1,0 +1,451 @@
+"""Whole runs of both lessons: what they leave behind, and that they go on as if they had never been interrupted."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.running import ENVIRONMENT, command, hashes, quick, run, run_here, script
+
+GRID = 8 * (2 * 28 + 2) + 2  # pixels: 8 images, each enlarged twice, and 2 pixels between them
+
+
+def files_of_a_run(lesson, *previews):
+    names = {"samples.png", "trajectory.gif", "loss.png", "metrics.csv", "config.json", "checkpoint.pt"}
+    names |= {f"samples_step_{step:06d}.png" for step in previews}
+    return names | ({"samples_before_denoising.png"} if lesson.name == "lesson_04_ncsnv2" else set())
+
+
+def read_checkpoint(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def read_metrics(folder):
+    header, *rows = csv.reader(open(Path(folder) / "metrics.csv"))
+    return header, [[float(value) for value in row] for row in rows]
+
+
+def assert_equal(a, b):
+    """Bit for bit, through all dicts and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def assert_same_run(folder, other):
+    """The same weights, averages, optimiser, random numbers, metrics and pictures; only config.json may differ."""
+    a, b = read_checkpoint(folder), read_checkpoint(other)
+    del a["config"], b["config"]
+    assert_equal(a, b)
+    for name in ("metrics.csv", "samples.png", "trajectory.gif"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+def wait_until(condition, process, seconds=100):
+    """Waits for condition() while the process runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before its time"
+        assert time.monotonic() < end, "nothing happened for a long time"
+        time.sleep(0.002)
+
+
+# What a run leaves behind
+
+
+@pytest.fixture(scope="module")
+def smoke(lesson, tmp_path_factory):
+    """`python train_mnist.py --smoke` in the lesson's folder: (output folder, what it printed)."""
+    folder = tmp_path_factory.mktemp(lesson.name) / "output"
+    result = run(lesson.name, "--smoke", "--output", folder)
+    assert result.status == 0, result.stderr
+    return folder, result
+
+
+@pytest.fixture(scope="module")
+def straight(lesson, tmp_path_factory):
+    """The output folder of a run of 12 steps that was never interrupted."""
+    folder = tmp_path_factory.mktemp(lesson.name)
+    assert quick(lesson.name, "--steps", 12, "--output", folder).status == 0
+    return folder
+
+
+def test_smoke_leaves_its_files_and_no_others(lesson, smoke):
+    assert set(hashes(smoke[0])) == files_of_a_run(lesson, 10, 20)
+
+
+def test_smoke_prints_what_it_is_about_to_do(lesson, smoke):
+    folder, result = smoke
+    assert re.search(r"^device +(cpu|cuda|mps) ", result.stdout, re.MULTILINE)
+    assert re.search(r"^precision +(float32|bfloat16)$", result.stdout, re.MULTILINE)
+    network = read_checkpoint(folder)["network"]
+    parameters = sum(weights.numel() for name, weights in network.items() if name != "sigmas")
+    assert re.search(rf"^parameters +{parameters:,}$", result.stdout, re.MULTILINE)
+    for name, value in json.loads((folder / "config.json").read_text()).items():
+        assert re.search(rf"^  {name} +{re.escape(str(value))}$", result.stdout, re.MULTILINE), name
+    assert "\n20 steps of 16 images, about " in result.stdout
+    assert str(folder) in result.stdout
+    assert re.search(r"320/320 .*images/s, loss=\d+\.\d", result.stderr)
+
+
+def test_smoke_pictures_are_grids_of_64_digits(lesson, smoke):
+    for name in files_of_a_run(lesson, 10, 20):
+        if name.startswith("samples"):
+            with Image.open(smoke[0] / name) as picture:
+                assert (picture.format, picture.mode, picture.size) == ("PNG", "L", (GRID, GRID)), name
+                pixels = np.asarray(picture)
+            cells = [pixels[r : r + 56, c : c + 56].tobytes() for r in range(2, GRID, 58) for c in range(2, GRID, 58)]
+            assert len(set(cells)) == 64, name
+
+
+def test_smoke_denoising_changes_the_picture(lesson, smoke):
+    if lesson.name == "lesson_04_ncsnv2":
+        before, after = (smoke[0] / name for name in ("samples_before_denoising.png", "samples.png"))
+        assert before.read_bytes() != after.read_bytes()
+
+
+def test_smoke_trajectory_moves(lesson, smoke):
+    with Image.open(smoke[0] / "trajectory.gif") as gif:
+        scales = len(read_checkpoint(smoke[0])["network"]["sigmas"])
+        assert gif.n_frames == min(36, scales + (lesson.name == "lesson_04_ncsnv2"))
+        assert gif.n_frames > 5
+        assert gif.size == (GRID, GRID)
+        frames = []
+        for k in range(gif.n_frames):
+            gif.seek(k)
+            frames.append(gif.convert("L").tobytes())
+    assert len(set(frames)) > gif.n_frames / 2  # where noise is faint, two frames may look alike
+
+
+def test_smoke_loss_plot_opens(smoke):
+    with Image.open(smoke[0] / "loss.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert picture.width > picture.height > 300
+
+
+def test_smoke_metrics_are_finite_and_fall(smoke):
+    header, rows = read_metrics(smoke[0])
+    assert header[:2] == ["step", "loss"]
+    assert len(header) == 2 + 5
+    assert all(re.fullmatch(r"sigma [\d.]+ to [\d.]+", band) for band in header[2:])
+    assert [row[0] for row in rows] == [10, 20]
+    assert all(len(row) == len(header) and all(map(math.isfinite, row)) for row in rows)
+    assert 0 < rows[1][1] < rows[0][1] < 2 * 28 * 28  # D/2 is the loss of a network that returns zero
+
+
+def test_smoke_configuration_is_what_the_flags_said(lesson, smoke):
+    train_mnist = script(lesson.name)
+    saved = json.loads((smoke[0] / "config.json").read_text())
+    assert saved["precision"] in ("float32", "bfloat16")
+    chosen = {**train_mnist.PRESETS["smoke"], "output": str(smoke[0]), "precision": saved["precision"]}
+    assert saved == dataclasses.asdict(train_mnist.Config(**chosen))
+    assert read_checkpoint(smoke[0])["config"] == saved
+
+
+def test_smoke_checkpoint_has_all_a_run_needs(lesson, smoke):
+    checkpoint = read_checkpoint(smoke[0])
+    names = {"lesson", "step", "image_shape", "config", "network", "optimizer", "generator", "log"}
+    assert set(checkpoint) == names | ({"ema"} if lesson.name == "lesson_04_ncsnv2" else set())
+    assert (checkpoint["lesson"], checkpoint["step"]) == (lesson.name, 20)
+    assert checkpoint["image_shape"] == (1, 28, 28)
+    sigmas, config = checkpoint["network"]["sigmas"], checkpoint["config"]
+    network = lesson.score_network.ScoreNetwork(
+        sigmas, 1, config["width"], config["patch"], config["blocks"], config["activation"]
+    )
+    for name in ("network", "ema") if "ema" in checkpoint else ("network",):
+        network.load_state_dict(checkpoint[name])
+        assert all(weights.isfinite().all() and weights.dtype == torch.float32 for weights in network.parameters())
+    if "ema" in checkpoint:
+        assert not torch.equal(checkpoint["ema"]["last.weight"], checkpoint["network"]["last.weight"])
+
+
+def test_three_channels(lesson, tmp_path):
+    result = quick(lesson.name, "--dataset", "color_mnist", "--output", tmp_path)
+    assert result.status == 0
+    assert set(hashes(tmp_path)) == files_of_a_run(lesson)
+    assert read_checkpoint(tmp_path)["network"]["last.bias"].shape == (3 * 2**2,)
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (GRID, GRID))
+        r, g, b = (np.asarray(channel) for channel in picture.split())
+    assert (r != g).any() and (g != b).any()
+
+
+def test_bfloat16_can_be_forced(lesson, straight, tmp_path):
+    """Of the runs here, all others with `quick` force float32."""
+    result = quick(lesson.name, "--precision", "bfloat16", "--steps", 10, "--output", tmp_path)
+    assert result.status == 0
+    assert re.search(r"^precision +bfloat16$", result.stdout, re.MULTILINE)
+    assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bfloat16"
+    assert json.loads((straight / "config.json").read_text())["precision"] == "float32"
+    weights = read_checkpoint(tmp_path)["network"].values()
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
+    a, b = read_metrics(tmp_path)[1][0][1], read_metrics(straight)[1][0][1]
+    assert a == pytest.approx(b, rel=0.02)
+    assert a != b
+
+
+def test_the_seed_decides(lesson, straight, tmp_path):
+    assert quick(lesson.name, "--seed", 1, "--steps", 10, "--output", tmp_path).status == 0
+    a, b = read_metrics(tmp_path)[1][0], read_metrics(straight)[1][0]
+    assert a[0] == b[0] == 10
+    assert a[1] != b[1]
+
+
+def test_ones(lesson, tmp_path):
+    ones = ("--steps", 1, "--batch-size", 1, "--preview-every", 1)
+    assert quick(lesson.name, *ones, "--output", tmp_path).status == 0
+    assert [row[0] for row in read_metrics(tmp_path)[1]] == [1]
+    assert set(hashes(tmp_path)) == files_of_a_run(lesson, 1)
+
+
+def test_ladder_of_two_scales(tmp_path):
+    assert quick("lesson_03_ncsn", "--L", 2, "--output", tmp_path).status == 0
+    assert len(read_metrics(tmp_path)[0]) == 2 + 2
+
+
+def test_previews_do_not_change_the_training(lesson, straight, tmp_path):
+    assert quick(lesson.name, "--steps", 12, "--preview-every", 7, "--output", tmp_path).status == 0
+    assert set(hashes(straight)) == files_of_a_run(lesson)
+    assert set(hashes(tmp_path)) == files_of_a_run(lesson, 7)
+    assert_same_run(straight, tmp_path)
+
+
+def test_sample_draws_from_the_checkpoint(lesson, straight, tmp_path):
+    flags = ("--checkpoint", straight / "checkpoint.pt", "--num", 3, "--T", 1)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        result = run_here(lesson.name, *flags, "--seed", seed, "--output", tmp_path / f"{name}.png", name="sample")
+        assert result.status in (0, None)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (2 * 58 + 2, 2 * 58 + 2)
+    a, b, c = hashes(tmp_path).values()
+    assert a == b != c
+
+
+# Going on after any kind of end
+
+
+def test_resume_is_exact(lesson, straight, tmp_path):
+    assert quick(lesson.name, "--steps", 6, "--output", tmp_path).status == 0
+    assert read_checkpoint(tmp_path)["step"] == 6
+    assert run_here(lesson.name, "--output", tmp_path, "--resume", "--steps", 12).status == 0
+    assert_same_run(straight, tmp_path)
+
+
+def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(tmp_path):
+    """A run is stopped with the one; the line it prints is typed into a shell; that run is stopped with the other."""
+    name, folder, step = "lesson_04_ncsnv2", tmp_path / "a run", 0
+    flags = ("--smoke", "--precision", "float32", "--steps", 10**6, "--preview-every", 10**6, "--output", folder)
+    how = command(name, *flags)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        printed = tmp_path / f"stderr of {number}"
+        with open(printed, "w") as stderr, subprocess.Popen(**how, stdout=subprocess.PIPE, stderr=stderr) as process:
+            try:
+                wait_until(lambda: "loss=" in printed.read_text(), process)  # noqa: B023
+                process.send_signal(number)
+                stdout, _ = process.communicate(timeout=60)
+            finally:
+                process.kill()
+        assert process.returncode == 128 + number
+        assert "Traceback" not in printed.read_text()
+        line = re.fullmatch(r"stopped and saved after step (\d+); go on with: (.*)", stdout.splitlines()[-1])
+        assert int(line[1]) == read_checkpoint(folder)["step"] > step
+        assert set(hashes(folder)) == {"checkpoint.pt", "config.json", "metrics.csv", "loss.png"}
+        step, advice = int(line[1]), line[2]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where the shell finds python
+        how |= {"args": f"exec {advice}", "shell": True, "env": {**ENVIRONMENT, "PATH": path}}
+
+    python, script_name, *flags = shlex.split(advice)
+    assert (python, script_name, flags[-1]) == ("python", "train_mnist.py", "--resume")
+    assert run_here(name, *flags, "--steps", step + 10).status == 0
+    steps = [row[0] for row in read_metrics(folder)[1]]
+    assert steps[: step // 10 + 1] == list(range(10, step + 11, 10))
+    assert (folder / "samples.png").exists()
+
+
+@pytest.mark.parametrize("every, step", [(10, 11), (1000, 12)], ids=["in a preview", "in the last pictures"])
+def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, monkeypatch, every, step):
+    """Pictures take long, so they are given up; nothing else is lost, and --resume makes the last ones."""
+    train_mnist = script(lesson.name)
+    draw = train_mnist.draw
+
+    def draw_with_signal(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return draw(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mnist, "draw", draw_with_signal)
+        result = quick(lesson.name, "--steps", 12, "--preview-every", every, "--output", tmp_path)
+    assert result.status == 128 + signal.SIGTERM
+    assert set(hashes(tmp_path)) == {"checkpoint.pt", "config.json", "metrics.csv", "loss.png"}
+    assert read_checkpoint(tmp_path)["step"] == step
+    advice = result.stdout.splitlines()[-1].partition("go on with: python train_mnist.py ")[2]
+    assert advice.endswith(" --resume")
+    assert run_here(lesson.name, *shlex.split(advice)).status == 0
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_signal_in_a_run_of_so_many_minutes(tmp_path, monkeypatch):
+    """The number of steps is the one that was found when it began; it is not looked for again."""
+    train_mnist, found = script("lesson_03_ncsn"), [6, 9]
+    draw = train_mnist.draw
+
+    def draw_with_signal(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return draw(*arguments)
+
+    monkeypatch.setattr(train_mnist, "steps_in", lambda minutes, seconds: found.pop(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mnist, "draw", draw_with_signal)
+        result = quick("lesson_03_ncsn", "--minutes", 0.5, "--preview-every", 3, "--output", tmp_path)
+    assert result.status == 128 + signal.SIGTERM
+    assert read_checkpoint(tmp_path)["step"] == 4
+    advice = result.stdout.splitlines()[-1].partition("go on with: python train_mnist.py ")[2]
+    assert "--minutes 0.5" in advice
+    assert run_here("lesson_03_ncsn", *shlex.split(advice)).status == 0
+    assert read_checkpoint(tmp_path)["step"] == 6
+
+
+def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    """The run saves after every step. It is killed once while it writes a checkpoint, then wherever it is."""
+    flags = ["--smoke", "--steps", 10**6, "--preview-every", 1, "--L", 5, "--precision", "float32"]
+    flags += ["--output", tmp_path]
+    checkpoint, step = tmp_path / "checkpoint.pt", 0
+
+    for moment in ("writing", "random", "random"):
+        start = time.time()
+        with subprocess.Popen(
+            **command("lesson_03_ncsn", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            try:
+                wait_until(lambda: checkpoint.exists() and checkpoint.stat().st_mtime > start, process)  # noqa: B023
+                if moment == "writing":
+                    wait_until(lambda: any(tmp_path.glob(".checkpoint.pt.*.tmp")), process)
+                else:
+                    time.sleep(random.uniform(0, 0.5))
+            finally:
+                process.kill()
+        assert process.returncode == -signal.SIGKILL
+        saved = read_checkpoint(tmp_path)["step"]
+        assert saved > step
+        step = saved
+        for path in tmp_path.iterdir():
+            if path.suffix == ".png":
+                with Image.open(path) as picture:
+                    picture.load()  # raises if it is cut short
+            elif path.suffix != ".tmp":
+                assert path.name in ("checkpoint.pt", "config.json", "metrics.csv")
+        assert json.loads((tmp_path / "config.json").read_text())["L"] == 5
+        flags = [*flags, "--resume"]
+    assert run_here("lesson_03_ncsn", *flags, "--steps", step + 2, "--preview-every", 1000).status == 0
+    assert read_checkpoint(tmp_path)["step"] == step + 2
+    assert (tmp_path / "samples.png").exists()
+
+
+# A run and the one before it
+
+
+def test_a_second_run_needs_resume_or_overwrite(lesson, smoke):
+    folder, before = smoke[0], hashes(smoke[0])
+    for result in (run_here(lesson.name, "--output", folder), run_here(lesson.name, "--smoke", "--output", folder)):
+        assert result.status == 1
+        assert result.stdout == ""
+        assert len(result.stderr.splitlines()) == 1
+        assert all(flag in result.stderr for flag in ("--resume", "--overwrite", "--output"))
+        assert hashes(folder) == before
+
+
+def test_overwrite_replaces_the_earlier_run_and_nothing_else(lesson, straight, tmp_path):
+    folder = shutil.copytree(straight, tmp_path / "copy")
+    (folder / "samples_step_000123.png").write_text("of the earlier run")
+    (folder / "notes.txt").write_text("mine")
+    assert quick(lesson.name, "--overwrite", "--output", folder).status == 0
+    assert set(hashes(folder)) == files_of_a_run(lesson) | {"notes.txt"}
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert read_checkpoint(folder)["step"] == 5
+
+
+def test_a_finished_run_can_be_resumed_for_its_pictures(lesson, straight, tmp_path):
+    folder = shutil.copytree(straight, tmp_path / "copy")
+    (folder / "samples.png").unlink()
+    assert run_here(lesson.name, "--resume", "--output", folder).status == 0
+    assert set(hashes(folder)) == files_of_a_run(lesson)
+    assert_same_run(straight, folder)
+
+
+# A loss that is not finite
+
+
+def test_a_learning_rate_far_too_high(lesson, tmp_path):
+    result = quick(lesson.name, "--learning-rate", "1e30", "--output", tmp_path)
+    assert result.status == 1
+    scale = r"step 2, noise scale \d+ of \d+ \(sigma [\d.]+\)"
+    assert re.fullmatch(rf"error: the loss is not finite at {scale}; .*--learning-rate", result.stderr.splitlines()[-1])
+    assert set(hashes(tmp_path)) == {"config.json"}
+
+
+@pytest.mark.parametrize("every", [2, 4], ids=["when it would be saved", "between two checkpoints"])
+def test_a_bad_loss_keeps_the_last_good_checkpoint(lesson, tmp_path, monkeypatch, every):
+    train_mnist, scales = script(lesson.name), []
+
+    def loss_with_a_bad_one(score, x, sigmas, i, z):
+        loss = lesson.loss.denoising_score_matching_loss(score, x, sigmas, i, z)
+        if i.any():  # they are zero in the trial that measures the time
+            scales.append(int(i[3]) + 1)
+            if len(scales) == 6:
+                return loss + torch.where(torch.arange(16) == 3, math.inf, 0)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mnist, "denoising_score_matching_loss", loss_with_a_bad_one)
+        result = quick(lesson.name, "--steps", 8, "--preview-every", every, "--output", tmp_path)
+    assert result.status == 1
+    assert f"error: the loss is not finite at step 6, noise scale {scales[5]} of " in result.stderr.splitlines()[-1]
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint["step"] == 4
+    for name in ("network", "ema") if "ema" in checkpoint else ("network",):
+        assert all(weights.isfinite().all() for weights in checkpoint[name].values())
+    assert set(hashes(tmp_path)) - {f"samples_step_{step:06d}.png" for step in (2, 4)} == {
+        "checkpoint.pt", "config.json", "metrics.csv", "loss.png"
+    }  # fmt: skip
+
+
+def test_weights_that_are_not_finite_are_never_saved(lesson, tmp_path):
+    result = quick(lesson.name, "--learning-rate", "inf", "--steps", 1, "--output", tmp_path)
+    assert result.status == 1
+    assert "error: the weights are not finite after step 1; " in result.stderr.splitlines()[-1]
+    assert set(hashes(tmp_path)) == {"config.json"}
+
+
+@pytest.mark.parametrize("flags", [("--preview-every", 1), ("--steps", 1)], ids=["in a preview", "at the end"])
+def test_pictures_that_are_not_finite_are_an_error_in_one_line(lesson, tmp_path, flags):
+    """After the first step with such a learning rate the weights are finite, and what comes out of them is not."""
+    result = quick(lesson.name, "--learning-rate", "1e30", *flags, "--output", tmp_path)
+    assert result.status == 1
+    assert re.match("error: .*not finite.*--learning-rate", result.stderr.splitlines()[-1])
+    assert not any(name.startswith("samples") for name in hashes(tmp_path))
