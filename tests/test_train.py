@@ -288,18 +288,23 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(tmp_path):
     assert (folder / "samples.png").exists()
 
 
+def draw_with_signal(draw):
+    """`draw`, interrupted the first time it is called; a second signal would end the program, and that is the test."""
+    numbers = [signal.SIGTERM]
+
+    def interrupted(*arguments):
+        if numbers:
+            signal.raise_signal(numbers.pop())
+        return draw(*arguments)
+
+    return interrupted
+
+
 @pytest.mark.parametrize("every, step", [(10, 11), (1000, 12)], ids=["in a preview", "in the last pictures"])
 def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, monkeypatch, every, step):
     """Pictures take long, so they are given up; nothing else is lost, and --resume makes the last ones."""
-    train_mnist = script(lesson.name)
-    draw = train_mnist.draw
-
-    def draw_with_signal(*arguments):
-        signal.raise_signal(signal.SIGTERM)
-        return draw(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_mnist, "draw", draw_with_signal)
+        patch.setattr(script(lesson.name), "draw", draw_with_signal(script(lesson.name).draw))
         result = quick(lesson.name, "--steps", 12, "--preview-every", every, "--output", tmp_path)
     assert result.status == 128 + signal.SIGTERM
     assert set(hashes(tmp_path)) == {"checkpoint.pt", "config.json", "metrics.csv", "loss.png"}
@@ -313,15 +318,9 @@ def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, monkeypatc
 def test_a_signal_in_a_run_of_so_many_minutes(tmp_path, monkeypatch):
     """The number of steps is the one that was found when it began; it is not looked for again."""
     train_mnist, found = script("lesson_03_ncsn"), [6, 9]
-    draw = train_mnist.draw
-
-    def draw_with_signal(*arguments):
-        signal.raise_signal(signal.SIGTERM)
-        return draw(*arguments)
-
     monkeypatch.setattr(train_mnist, "steps_in", lambda minutes, seconds: found.pop(0))
     with monkeypatch.context() as patch:
-        patch.setattr(train_mnist, "draw", draw_with_signal)
+        patch.setattr(train_mnist, "draw", draw_with_signal(train_mnist.draw))
         result = quick("lesson_03_ncsn", "--minutes", 0.5, "--preview-every", 3, "--output", tmp_path)
     assert result.status == 128 + signal.SIGTERM
     assert read_checkpoint(tmp_path)["step"] == 4
