@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.errors import LessonError
 from common.files import atomic_write
 
 PADDING = 2  # pixels between the images of a grid
@@ -26,6 +27,12 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, scal
     grid = Image.fromarray(_grid(images, columns, scale))
     with atomic_write(path) as temporary:
         grid.save(temporary, format="PNG")
+
+
+def check_finite(images: Tensor) -> None:
+    """Raises LessonError, one line that says what to do, if a sampler left numbers that are not finite."""
+    if not images.isfinite().all():
+        raise LessonError("the sampled images are not finite: train again with a lower --learning-rate")
 
 
 def save_strip(frames: Sequence[Tensor], path: str | Path, moments: int = 8, scale: int | None = None) -> None:

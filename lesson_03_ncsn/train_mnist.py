@@ -21,7 +21,7 @@ from common.cli import StopRequest, check_choice, check_positive, check_range, p
 from common.data import DATASETS, load_images
 from common.images import save_gif, save_grid
 from common.layers import ACTIVATIONS
-from common.machine import autocast, choose_device, choose_precision, steps_in
+from common.machine import PRECISIONS, autocast, choose_device, choose_precision, steps_in
 from common.optimizer import OPTIMIZERS, Optimizer
 from common.output import open_output, restore_run, resume_run, save_run, start_output
 from common.training_log import TrainingLog
@@ -94,6 +94,8 @@ def draw_noise_scales(batch_size: int, sigmas: Tensor, focus: float, generator: 
 
 def check(config: Config) -> None:
     """Raises LessonError, one line that says what to do, for the first number that no run can use."""
+    choose_device(config.device)
+    check_choice(config, "precision", PRECISIONS)
     check_choice(config, "dataset", DATASETS)
     check_choice(config, "activation", ACTIVATIONS)
     check_choice(config, "optimizer", OPTIMIZERS)
@@ -101,12 +103,13 @@ def check(config: Config) -> None:
     check_choice(config, "patch", (1, 2))
     check_positive(config, "steps", "batch_size", "learning_rate", "clip", "blocks")
     check_positive(config, "sigma_L", "T", "preview_T", "preview_every", "epsilon")
+    check_range(config, "seed", 0, 2**63 - 1)
     check_range(config, "width", 2, 4096)
     check_range(config, "focus", 0, 10**6)
     check_range(config, "minutes", 0, 10**6)
     check_range(config, "warmup", 0, 10**9)
-    check_range(config, "sigma_L", 0, 0.99 * config.sigma_1)
     check_range(config, "sigma_1", 0, 1000)
+    check_range(config, "sigma_L", 0, 0.99 * config.sigma_1)
     check_range(config, "L", 2, 10_000)
 
 
@@ -120,10 +123,10 @@ def training_step(network, optimizer, x, i, z, precision: str, config: Config, r
     return loss.detach()
 
 
-def train(config: Config, checkpoint: dict | None) -> int:
+def train(config: Config, images: Tensor, checkpoint: dict | None) -> int:
     """One run, from data to pictures. Returns the exit status: 0, or 128 + the signal that ended it early."""
     stop, device, folder, B = StopRequest(), choose_device(config.device), Path(config.output), config.batch_size
-    images = load_images(config.dataset).to(device)  # (N, C, H, W) uint8
+    images = images.to(device)  # (N, C, H, W) uint8
     C, H, W = images.shape[1:]
 
     sigmas = geometric_noise_scales(config.sigma_1, config.sigma_L, config.L).to(device)  # (L,)
@@ -188,9 +191,10 @@ def main() -> int:
     if resume:
         config, checkpoint = resume_run(config, named, LESSON)
     check(config)
+    images = load_images(config.dataset)
     if not resume:
-        open_output(config.output, overwrite)
-    return train(config, checkpoint)
+        open_output(config.output, overwrite)  # only now, when all that was given has proved usable
+    return train(config, images, checkpoint)
 
 
 if __name__ == "__main__":

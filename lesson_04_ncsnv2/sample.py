@@ -15,7 +15,7 @@ from score_network import ScoreNetwork
 
 from common.checkpoint import load_checkpoint, load_weights
 from common.cli import check_positive, check_range, run
-from common.images import save_grid
+from common.images import check_finite, save_grid
 from common.machine import choose_device, in_batches
 
 LESSON = Path(__file__).resolve().parent.name
@@ -54,6 +54,7 @@ def draw(network: ScoreNetwork, shape: tuple, T: int, precision: str, seed: int,
         frames.append(frame)
         if stop:
             return frames
+    check_finite(frames[-1])
     return [*frames, denoise(score, frames[-1], sigmas)]
 
 

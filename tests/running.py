@@ -17,6 +17,7 @@ import torch
 
 import common.cli
 import common.data
+import common.training_log
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # networks as small as these only lose time with more threads
@@ -57,13 +58,15 @@ def some_images(name):
 
 
 def run_here(lesson, *flags, name="train_mnist"):
-    """Runs the main() of a lesson's script in this process, with the first 1000 digits."""
+    """Runs the main() of a lesson's script in this process, with the first 1000 digits and an empty loss.png."""
     module, out, err = script(lesson, name), io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         patch.setattr(module, "load_images", some_images, raising=False)
+        # Drawing the plot takes half of the time of such a short run
+        patch.setattr(common.training_log, "save_loss_plot", lambda *arguments, reference: arguments[-1].touch())
         try:
             torch.set_num_threads(1)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:

@@ -333,4 +333,3 @@ def test_a_full_disk(tmp_path):
     after = hashes(tmp_path)
     del before["config.json"], after["config.json"]  # it already says 6 steps
     assert after == before
-    assert run_here("lesson_03_ncsn", "--resume", "--output", tmp_path, "--steps", 6).status == 0

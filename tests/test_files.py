@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from PIL import Image
@@ -6,14 +8,16 @@ from common.errors import LessonError
 from common.files import atomic_write
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
     """A disk on which files end at 1000 bytes: the kernel refuses to write more, as it does when the disk is full."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:  # at once, since pytest itself may be writing to a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def names(folder):
@@ -57,18 +61,19 @@ def test_what_other_versions_of_torch_say_is_a_lesson_error_too(tmp_path, text):
         raise RuntimeError(text)
 
 
-def test_a_full_disk_under_torch_save(tmp_path, full_disk):
+def test_a_full_disk_under_torch_save(tmp_path):
     path = tmp_path / "x.pt"
     path.write_text("old")
-    with pytest.raises(LessonError, match="x.pt.*disk full") as caught, atomic_write(path) as temporary:
+    with full_disk(), pytest.raises(LessonError, match="x.pt.*disk full") as caught, atomic_write(path) as temporary:
         torch.save(torch.zeros(5000), temporary)
     assert "\n" not in str(caught.value)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["x.pt"]
 
 
-def test_a_full_disk_under_pillow(tmp_path, full_disk):
-    with pytest.raises(LessonError, match="x.png.*File too large"), atomic_write(tmp_path / "x.png") as temporary:
+def test_a_full_disk_under_pillow(tmp_path):
+    path = tmp_path / "x.png"
+    with full_disk(), pytest.raises(LessonError, match="x.png.*File too large"), atomic_write(path) as temporary:
         Image.effect_noise((100, 100), 50).save(temporary, format="PNG")
     assert names(tmp_path) == []
 

@@ -20,7 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.running import ENVIRONMENT, command, hashes, quick, run, run_here, script
+from tests.conftest import LESSONS
+from tests.running import ENVIRONMENT, Result, command, hashes, quick, run_here, script
 
 GRID = 8 * (2 * 28 + 2) + 2  # pixels: 8 images, each enlarged twice, and 2 pixels between them
 
@@ -78,13 +79,26 @@ def wait_until(condition, process, seconds=100):
 # What a run leaves behind
 
 
+@pytest.fixture(scope="session")
+def smoke_processes(tmp_path_factory):
+    """{lesson: (output folder, the process)} of `python train_mnist.py --smoke`, both at once to save time."""
+    processes = {}
+    for name in LESSONS:
+        folder = tmp_path_factory.mktemp(name) / "output"
+        how = command(name, "--smoke", "--output", folder)
+        processes[name] = folder, subprocess.Popen(**how, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    yield processes
+    for _, process in processes.values():
+        process.kill()
+
+
 @pytest.fixture(scope="module")
-def smoke(lesson, tmp_path_factory):
+def smoke(lesson, smoke_processes):
     """`python train_mnist.py --smoke` in the lesson's folder: (output folder, what it printed)."""
-    folder = tmp_path_factory.mktemp(lesson.name) / "output"
-    result = run(lesson.name, "--smoke", "--output", folder)
-    assert result.status == 0, result.stderr
-    return folder, result
+    folder, process = smoke_processes[lesson.name]
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return folder, Result(process.returncode, stdout, stderr)
 
 
 @pytest.fixture(scope="module")
