@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class _ELU(torch.autograd.Function):
-    """torch.nn.functional.elu computes one exponential at a time; this is ten times faster."""
+    """torch.nn.functional.elu computes one exponential at a time; this is several times faster."""
 
     @staticmethod
     def forward(ctx, x):
@@ -24,7 +24,7 @@ class _ELU(torch.autograd.Function):
 
 
 class _Moments(torch.autograd.Function):
-    """The means of x and of x^2 over the pixels; one pass backwards instead of four."""
+    """The means of x and of x^2 over the pixels; one pass over the pixels backwards instead of several."""
 
     @staticmethod
     def forward(ctx, x):
