@@ -21,8 +21,9 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None):
     """Reads flags: (configuration, set of the fields that were named, whether to resume, whether to overwrite).
 
     Each field `batch_size: int = 64  # why` becomes `--batch-size`, with its comment and default in --help; each key of
-    `presets` becomes a flag (`--paper`, `--smoke`) that changes several defaults at once. A flag that is unknown or
-    cannot be read as the field's type ends the program with status 2.
+    `presets` becomes a flag (`--paper`, `--smoke`) that changes several defaults at once; what the key
+    "paper on cifar10" holds is added to --paper with --dataset cifar10. A flag that is unknown or cannot be read as the
+    field's type ends the program with status 2.
     """
     comments = field_comments(config_class)
     parser = argparse.ArgumentParser(
@@ -33,6 +34,8 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None):
     earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
     preset = parser.add_mutually_exclusive_group()
     for name, changes in presets.items():
+        if " on " in name:
+            continue
         listed = ", ".join(f"{key} {value}" for key, value in changes.items())
         preset.add_argument(f"--{name}", action="store_const", const=name, dest="preset", help=listed)
     for field in dataclasses.fields(config_class):
@@ -47,8 +50,9 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None):
     flags = vars(parser.parse_args(arguments))
     resume, overwrite, preset = flags.pop("resume"), flags.pop("overwrite"), flags.pop("preset")
     named = {name: value for name, value in flags.items() if value is not None}
-    config = config_class(**{**presets.get(preset, {}), **named})
-    return config, set(named) | set(presets.get(preset, {})), resume, overwrite
+    dataset = named.get("dataset", config_class.dataset)
+    changes = {**presets.get(preset, {}), **presets.get(f"{preset} on {dataset}", {})}
+    return config_class(**{**changes, **named}), set(named) | set(changes), resume, overwrite
 
 
 def _flag(name):

@@ -44,6 +44,17 @@ def load_images(name: str, split: str = "train") -> Tensor:
     return _color(digits) if name == "color_mnist" else digits
 
 
+def load_pictures(config, split: str = "train") -> Tensor:
+    """What a run with this configuration trains on: the data set, or the folder of pictures if it names one.
+
+    config: has the fields dataset, images, image_size and channels. A folder has no test pictures of its own, so
+    both splits are all of it. Shapes and errors as in load_images and load_folder.
+    """
+    if config.images:
+        return load_folder(config.images, config.image_size, config.channels)
+    return load_images(config.dataset, split)
+
+
 def load_labels(name: str, split: str = "train") -> Tensor:
     """Which digit, 0 to 9, each image of mnist or color_mnist shows: long (N,). Raises as load_images does."""
     _check_choice("data set with labels", name, ("mnist", "color_mnist"))
@@ -76,6 +87,30 @@ def load_folder(folder: str | Path, image_size: int, channels: int) -> Tensor:
         raise LessonError(f"{folder} has no readable picture: {' '.join(PICTURES)} are read")
     pixels = torch.from_numpy(np.stack(images)).reshape(-1, image_size, image_size, channels)
     return pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def load_picture(path: str | Path, image_size: int, channels: int) -> Tensor:
+    """One picture, cut and resized as by load_folder: uint8 (1, channels, image_size, image_size). LessonError if
+    it cannot be read.
+    """
+    try:
+        pixels = torch.from_numpy(_read_picture(path, image_size, "L" if channels == 1 else "RGB").copy())
+    except Exception as error:  # a damaged picture can raise almost anything in a decoder
+        raise LessonError(f"cannot read the picture {path}: {_one_line(error)}") from error
+    return pixels.reshape(1, image_size, image_size, channels).permute(0, 3, 1, 2)
+
+
+def load_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
+    """A picture of exactly `size` (H, W) pixels as booleans (H, W): True where it is nearer to white than to black."""
+    try:
+        with Image.open(path) as picture:
+            gray = np.asarray(picture.convert("L"))
+    except Exception as error:
+        raise LessonError(f"cannot read the mask {path}: {_one_line(error)}") from error
+    if gray.shape != size:
+        (h, w), (H, W) = gray.shape, size
+        raise LessonError(f"the mask {path} has {w} x {h} pixels, but the images have {W} x {H}: resize it")
+    return torch.from_numpy(gray > 127)
 
 
 def parse_idx(content: bytes) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from common.data import load_images
 from common.digit_classifier import load_classifier
 from common.errors import LessonError
+from common.nearest import nearest_training_digit
 
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
 COLUMNS = {  # key in a row of the report: title, format
@@ -83,21 +84,6 @@ def class_histogram(images: Tensor) -> Tensor:
 def entropy(counts: Tensor) -> float:
     """Entropy in nats of a histogram (K,): ln K if all classes are equally frequent (2.303 for ten), 0 for only one."""
     return torch.special.entr(counts.double() / counts.sum()).sum().item()
-
-
-def nearest_training_digit(images: Tensor, train_images: Tensor) -> tuple[Tensor, Tensor]:
-    """Euclidean distance in pixels (N,) to, and index (N,) of, the nearest of train_images; both (., C, H, W), [0, 1].
-
-    Exact: an image that is in train_images is at distance 0. A small distance for most samples means memorisation.
-    """
-    x = images.flatten(1).double()  # (N, D)
-    best, index = torch.full_like(x[:, 0], torch.inf), torch.zeros_like(x[:, 0], dtype=torch.long)
-    for start in range(0, len(train_images), 4096):
-        y = train_images[start : start + 4096].flatten(1).double()
-        squared, nearest = (y.square().sum(1) - 2 * x @ y.T).min(dim=1)  # |x - y|^2 - |x|^2
-        index = torch.where(squared < best, start + nearest, index)
-        best = torch.minimum(squared, best)
-    return (images - train_images[index]).flatten(1).norm(dim=1), index  # the difference itself: no cancellation
 
 
 def digit_report(images: Tensor, seed: int = 0) -> dict:

@@ -1,5 +1,6 @@
 """Pictures of what a lesson makes, from images that are float (N, C, H, W) in [0, 1] with C = 1 (gray) or 3 (RGB)."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,17 +54,51 @@ def save_gif(
     milliseconds: int = 100,
     hold: int = 1500,
     max_frames: int = 36,
+    max_bytes: int = 2_000_000,
 ) -> None:
     """Write frames, each (N, C, H, W), as a GIF of grids that repeats for ever.
 
     Each frame shows for `milliseconds`, the last for `hold` milliseconds. At most max_frames are evenly chosen, the
-    first and the last included. Raises as save_strip does.
+    first and the last included, and fewer if the file would be larger than max_bytes. Raises as save_strip does.
     """
-    # Noise hardly compresses: with few frames and colors, a grid of 8 x 8 digits stays under 2 MB in gray, 3 MB in RGB.
-    pictures = [_few_colors(_grid(frame, columns, scale)) for frame in _evenly(frames, max_frames)]
-    durations = [milliseconds] * (len(pictures) - 1) + [hold]
+    while True:  # noise hardly compresses, so the size is known only when the file is there
+        pictures = [_few_colors(_grid(frame, columns, scale)) for frame in _evenly(frames, max_frames)]
+        durations = [milliseconds] * (len(pictures) - 1) + [hold]
+        file = io.BytesIO()
+        pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        if file.tell() <= max_bytes or len(pictures) <= 2:
+            break
+        max_frames = max(2, int(0.95 * len(pictures) * max_bytes / file.tell()))
     with atomic_write(path) as temporary:
-        pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        temporary.write_bytes(file.getvalue())
+
+
+def save_table(
+    images: Tensor, path: str | Path, rows: Sequence[str], columns: Sequence[str], captions: Sequence[str] = ()
+) -> None:
+    """Write images (R K, C, H, W), row by row, as a PNG with the R names of the rows and K of the columns beside them.
+
+    captions: R K texts, or none, to write above the images. Values outside [0, 1] are clamped.
+    Raises ValueError for NaN, LessonError if path cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    if images.isnan().any():
+        raise ValueError("the images hold NaN")
+    pixels = rearrange(images.detach().float().clamp(0, 1).cpu(), "n c h w -> n h w c").expand(-1, -1, -1, 3).numpy()
+    R, K = len(rows), len(columns)
+    figure = Figure(figsize=(0.8 * K + 1.2, 0.8 * R + 0.25 * R * bool(captions) + 0.4), layout="constrained")
+    for n, panel in enumerate(figure.subplots(R, K, squeeze=False).flat):
+        panel.imshow(pixels[n], interpolation="nearest")
+        panel.set(xticks=[], yticks=[])
+        if captions:
+            panel.set_title(captions[n], fontsize=8, pad=2)
+        elif n < K:
+            panel.set_title(columns[n], fontsize=9)
+        if n % K == 0:
+            panel.set_ylabel(rows[n // K], rotation=0, ha="right", va="center", fontsize=9)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def save_loss_plot(

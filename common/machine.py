@@ -57,6 +57,19 @@ def choose_precision(name: str, device: torch.device, step) -> tuple[str, float]
     return fastest, seconds[fastest]
 
 
+@torch.no_grad()
+def fastest_precision(name: str, network, image_shape: tuple) -> str:
+    """The precision to sample in: `name`, or what this machine does faster if it is "auto"."""
+    device = network.sigmas.device
+    x, i = torch.zeros(32, *image_shape, device=device), torch.zeros(32, dtype=torch.long, device=device)
+
+    def step(precision):
+        with autocast(device, precision):
+            network(x, i)
+
+    return choose_precision(name, device, step)[0] if name == "auto" else name
+
+
 def steps_in(minutes: float, seconds: float) -> int:
     """How many training steps of `seconds` fit into `minutes`, if an eighth goes to start-up and pictures."""
     return max(1, int(minutes * 60 * 7 / 8 / seconds))

@@ -1,30 +1,32 @@
-"""Draw digits from a trained network: `python sample.py`, and look at output/drawn.png."""
+"""Draw from a trained network, fill in, walk between digits: `python sample.py`, and look at output/drawn.png."""
 
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
 
-from sampler import annealed_langevin_dynamics
+from sampler import annealed_langevin_dynamics, inpaint, tweedie
 from score_network import ScoreNetwork
 
 from common.checkpoint import load_checkpoint, load_weights
-from common.cli import check_positive, run
-from common.images import check_finite, save_grid
-from common.machine import choose_device, in_batches
+from common.cli import run
+from common.errors import LessonError
+from common.images import check_finite
+from common.machine import choose_device, fastest_precision, in_batches
+from common.play import find_checkpoint, play, print_info, read_flags
 
-LESSON = Path(__file__).resolve().parent.name
+FOLDER = Path(__file__).resolve().parent
+LESSON = FOLDER.name
 NETWORK_OPTIONS = ("width", "patch", "blocks", "activation", "skip")  # fields of train_mnist.Config
+SAMPLERS = ("langevin",)
 
 
 def load_network(path: str | Path, device: torch.device) -> tuple[ScoreNetwork, dict]:
     """The network in a checkpoint, and the checkpoint. LessonError if it cannot be used."""
-    checkpoint = load_checkpoint(path, LESSON, device)
+    checkpoint = load_checkpoint(path, LESSON, device, needs=("network", "config", "image_shape", "step"))
     config, sigmas = checkpoint["config"], checkpoint["network"]["sigmas"]
     options = {name: config[name] for name in NETWORK_OPTIONS}
     network = ScoreNetwork(sigmas, checkpoint["image_shape"][0], **options)
@@ -32,19 +34,23 @@ def load_network(path: str | Path, device: torch.device) -> tuple[ScoreNetwork, 
     return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
+def langevin_steps(calls: int, L: int) -> int:
+    """T, how many steps at each of L noise scales make at most `calls` network calls. LessonError for less than one."""
+    if calls < L:
+        raise LessonError(f"--calls {calls}: Langevin dynamics needs at least {L}, one for each noise scale")
+    return calls // L
+
+
 @torch.no_grad()
-def draw(
-    network: ScoreNetwork, shape: tuple, T: int, epsilon: float, precision: str, seed: int, stop=(), bar=None
-) -> list[Tensor]:
+def draw(network, shape: tuple, noise, calls: int, epsilon: float, precision: str, stop=(), bar=None) -> list[Tensor]:
     """Images of `shape` (N, C, H, W) after each noise scale; ends early if `stop` becomes true.
 
-    The same seed gives the same images. `bar`, if there is one, is told of each network call.
+    noise(x): normal noise like x, as from common.noise; calls: network calls for each image; `bar` is told of each.
     """
-    sigmas, frames = network.sigmas, []
-    generator = torch.Generator(sigmas.device).manual_seed(seed)  # its own, so that a training's is left alone
+    sigmas, frames, T = network.sigmas, [], langevin_steps(calls, len(network.sigmas))
     score = in_batches(network, precision, sigmas.device, bar)
-    x = torch.rand(shape, generator=generator, device=sigmas.device)
-    for frame in annealed_langevin_dynamics(score, x, sigmas, T, epsilon, generator):
+    x = torch.special.ndtr(noise(torch.empty(shape, device=sigmas.device)))  # uniform in [0, 1]
+    for frame in annealed_langevin_dynamics(score, x, sigmas, T, epsilon, noise):
         frames.append(frame)
         if stop:
             return frames
@@ -53,23 +59,29 @@ def draw(
 
 
 def main() -> None:
-    """Reads the flags and writes one picture."""
-    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", default="output/checkpoint.pt", help="what train_mnist.py wrote")
-    parser.add_argument("--num", type=int, default=64, help="how many images (default: 64)")
-    parser.add_argument("--seed", type=int, default=1, help="the same seed draws the same images (default: 1)")
-    parser.add_argument("--T", type=int, default=100, help="Langevin steps at each noise scale (default: 100)")
-    parser.add_argument("--epsilon", type=float, default=2e-5, help="step size at sigma_L (default: 2e-5)")
-    parser.add_argument("--output", default="output/drawn.png", help="the picture (default: output/drawn.png)")
-    options = parser.parse_args()
-    check_positive(options, "num", "T", "epsilon")
+    """Reads the flags, and makes the pictures that they ask for."""
+    options, device = read_flags(__doc__, SAMPLERS), choose_device("auto")
+    path = find_checkpoint(options.checkpoint, FOLDER)
+    network, checkpoint = load_network(path, device)
+    if options.info:
+        return print_info(checkpoint, network, path)
+    sigmas, epsilon = network.sigmas, checkpoint["config"]["epsilon"]
+    calls = options.calls or checkpoint["config"]["T"] * len(sigmas)
+    precision = fastest_precision(options.precision, network, checkpoint["image_shape"])
 
-    network, checkpoint = load_network(options.checkpoint, choose_device("auto"))
-    shape, precision = (options.num, *checkpoint["image_shape"]), checkpoint["config"]["precision"]
-    with tqdm(total=options.num * options.T * len(network.sigmas), unit=" calls", unit_scale=True) as bar:
-        images = draw(network, shape, options.T, options.epsilon, precision, options.seed, bar=bar)[-1]
-    save_grid(images.cpu(), options.output)
-    print(f"step {checkpoint['step']} of {options.checkpoint}; look at {options.output}")
+    def sample(shape, noise, bar):
+        return draw(network, shape, noise, calls, epsilon, precision, bar=bar)
+
+    def fill_in(y, known, noise, bar):
+        score, start = in_batches(network, precision, device, bar), torch.special.ndtr(noise(y))
+        T = langevin_steps(calls, len(sigmas))
+        *_, x = inpaint(score, y, known, start, sigmas, T, epsilon, noise)
+        return x * (1 - known) + y * known
+
+    def guess(x, i):
+        return tweedie(in_batches(network, precision, device), x, sigmas, i)
+
+    play(options, checkpoint, sigmas, calls, sample, fill_in, guess)
 
 
 if __name__ == "__main__":

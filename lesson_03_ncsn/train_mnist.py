@@ -18,10 +18,11 @@ from sample import LESSON, NETWORK_OPTIONS, draw
 from score_network import ScoreNetwork
 
 from common.cli import StopRequest, check_choice, check_positive, check_range, parse_config, run
-from common.data import DATASETS, load_images
+from common.data import DATASETS, load_pictures
 from common.images import save_gif, save_grid
 from common.layers import ACTIVATIONS
 from common.machine import PRECISIONS, autocast, choose_device, choose_precision, steps_in
+from common.noise import SeededNoise
 from common.optimizer import OPTIMIZERS, Optimizer
 from common.output import open_output, restore_run, resume_run, save_run, start_output
 from common.training_log import TrainingLog
@@ -34,6 +35,9 @@ class Config:
     """Every number of a run. `python train_mnist.py --help` lists them as flags."""
 
     dataset: str = "mnist"  # paper, Sec. 5: MNIST; one of mnist, color_mnist, fashion_mnist, cifar10
+    images: str = ""  # ours: a folder of pictures to train on in place of the data set
+    image_size: int = 32  # ours: pictures of a folder are cut square and resized to so many pixels: 16 to 64, even
+    channels: int = 3  # ours: pictures of a folder become gray (1) or RGB (3)
     steps: int = 2000  # ours: what two CPU cores do in eight minutes; the paper trains 200 000 (--paper)
     minutes: float = 0.0  # ours: if not 0, the number of steps is what fits into so many minutes on this machine
     batch_size: int = 64  # ours: more, noisier steps in the same time; the paper has 128
@@ -66,6 +70,7 @@ PRESETS = {
         steps=200_000, batch_size=128, learning_rate=1e-3, warmup=0, decay="constant", clip=math.inf,
         width=64, blocks=2, patch=1, activation="elu", skip=False, optimizer="adam", preview_every=5000,
     ),
+    "paper on cifar10": dict(width=128),  # what --paper changes besides, with --dataset cifar10
     "smoke": dict(
         steps=20, batch_size=16, width=8, warmup=0, decay="constant", T=2, preview_T=1, preview_every=10
     ),
@@ -101,6 +106,8 @@ def check(config: Config) -> None:
     check_choice(config, "optimizer", OPTIMIZERS)
     check_choice(config, "decay", ("cosine", "constant"))
     check_choice(config, "patch", (1, 2))
+    check_choice(config, "channels", (1, 3))
+    check_choice(config, "image_size", range(16, 65, 2))
     check_positive(config, "steps", "batch_size", "learning_rate", "clip", "blocks")
     check_positive(config, "sigma_L", "T", "preview_T", "preview_every", "epsilon")
     check_range(config, "seed", 0, 2**63 - 1)
@@ -171,11 +178,16 @@ def train(config: Config, images: Tensor, checkpoint: dict | None) -> int:
                 bar.close()
                 return stop.exit_status(f"stopped and saved after step {step}")
             if step % config.preview_every == 0:
-                frames = draw(network, (64, C, H, W), config.preview_T, config.epsilon, precision, config.seed, stop)
+                calls = config.preview_T * config.L
+                frames = draw(
+                    network, (64, C, H, W), SeededNoise(config.seed, 64), calls, config.epsilon, precision, stop
+                )
                 if not stop:
                     save_grid(frames[-1], folder / f"samples_step_{step:06d}.png")
 
-    frames = draw(network, (64, C, H, W), config.T, config.epsilon, precision, config.seed, stop)
+    frames = draw(
+        network, (64, C, H, W), SeededNoise(config.seed, 64), config.T * config.L, config.epsilon, precision, stop
+    )
     if stop:
         return stop.exit_status("the checkpoint is saved, the last pictures are not made")
     save_grid(frames[-1], folder / "samples.png")
@@ -191,7 +203,7 @@ def main() -> int:
     if resume:
         config, checkpoint = resume_run(config, named, LESSON)
     check(config)
-    images = load_images(config.dataset)
+    images = load_pictures(config)
     if not resume:
         open_output(config.output, overwrite)  # only now, when all that was given has proved usable
     return train(config, images, checkpoint)

@@ -9,12 +9,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
 
-from sample import draw, load_network
+from sample import SAMPLERS, draw, load_network
 
 from common.checkpoint import load_tensor
-from common.cli import check_range, run
+from common.cli import check_positive, check_range, run
 from common.digit_metrics import digit_report, print_report
-from common.machine import choose_device
+from common.machine import choose_device, fastest_precision
+from common.noise import SeededNoise
 
 
 def main() -> None:
@@ -23,19 +24,24 @@ def main() -> None:
     parser.add_argument("path", help="a checkpoint, or samples (N, C, 28, 28) in [0, 1] saved by torch.save")
     parser.add_argument("--num", type=int, default=1000, help="how many samples to draw (default: 1000)")
     parser.add_argument("--seed", type=int, default=1, help="the same seed draws the same samples (default: 1)")
-    parser.add_argument("--T", type=int, help="Langevin steps at each noise scale (default: the run's); 0: consistent")
+    parser.add_argument("--sampler", default="langevin", choices=SAMPLERS, help="(default: langevin)")
+    parser.add_argument("--calls", type=int, help="network calls for each sample (default: the run's)")
     parser.add_argument("--save", help="also write the samples, as a tensor, to this file")
     options = parser.parse_args()
     check_range(options, "num", 4, 10_000)
+    if options.calls is not None:
+        check_positive(options, "calls")
 
     samples = load_tensor(options.path)
     if samples is None:
         network, checkpoint = load_network(options.path, choose_device("auto"))
-        config, shape = checkpoint["config"], (options.num, *checkpoint["image_shape"])
-        T = config["T"] if options.T is None else options.T
-        print(f"step {checkpoint['step']}, T = {T}, {len(network.sigmas)} noise scales")
-        with tqdm(total=options.num * (max(1, T) * len(network.sigmas) + 1), unit=" calls", unit_scale=True) as bar:
-            samples = draw(network, shape, T, config["precision"], options.seed, bar=bar)[-1].cpu()
+        config, shape, L = checkpoint["config"], (options.num, *checkpoint["image_shape"]), len(network.sigmas)
+        calls = options.calls or (config["T"] * L + 1 if options.sampler == "langevin" else L + 1)
+        precision = fastest_precision("auto", network, checkpoint["image_shape"])
+        print(f"step {checkpoint['step']}, {options.sampler}, {calls} network calls, {precision}")
+        noise = SeededNoise(options.seed, options.num)
+        with tqdm(total=options.num * calls, unit=" calls", unit_scale=True) as bar:
+            samples = draw(network, shape, noise, options.sampler, calls, precision, bar=bar)[-1].cpu()
     if options.save:
         torch.save(samples, options.save)
     print_report(digit_report(samples.clamp(0, 1)))

@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (x, i) -> the score, shaped like x
+Noise = torch.Generator | Callable[[Tensor], Tensor] | None  # where random numbers come from
 
 
-def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise of x's shape, from the generator if there is one (on the generator's device)."""
+def noise_like(x: Tensor, generator: Noise) -> Tensor:
+    """Standard normal noise of x's shape: made by a function, or by a generator on its device."""
+    if callable(generator):
+        return generator(x)
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device).to(x.device)
 
 
 @torch.no_grad()
 def annealed_langevin_dynamics(
-    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: torch.Generator | None = None
+    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
 ) -> Iterator[Tensor]:
     """Algorithm 1 of the NCSNv2 paper. x (B, C, H, W) is the start; yields x after each of the L noise scales.
 
@@ -36,6 +39,35 @@ def annealed_langevin_dynamics(
             z = noise_like(x, generator)
             x = x + alpha_i * score(x, i) + (2 * alpha_i).sqrt() * z
         yield x
+
+
+@torch.no_grad()
+def inpaint(
+    score: Score, y: Tensor, known: Tensor, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
+) -> Iterator[Tensor]:
+    """Algorithm 2 of the NCSN paper: Algorithm 1 that holds the known pixels of y at the noise of each scale.
+
+    y, x (B, C, H, W); x is the start; known (1, 1, H, W), or any shape that fits y's, is 1 where a pixel of y is known
+    and 0 where it is to be filled in. Yields x after each scale, with noise of that scale on the known pixels, too.
+    """
+    for n, sigma_i in enumerate(sigmas):
+        i = torch.full((len(x),), n, device=x.device)
+        alpha_i = epsilon * sigma_i**2 / sigmas[-1] ** 2
+        noisy_y = y + sigma_i * noise_like(y, generator)  # drawn once for all T steps
+        for _ in range(T):
+            z = noise_like(x, generator)
+            x = x + alpha_i * score(x, i) + (2 * alpha_i).sqrt() * z
+            x = noisy_y * known + x * (1 - known)
+        yield x
+
+
+@torch.no_grad()
+def tweedie(score: Score, x: Tensor, sigmas: Tensor, i: Tensor) -> Tensor:
+    """The mean of the clean image given x (B, C, H, W) with noise sigma_i, i (B,) long: x + sigma_i^2 s(x, i).
+
+    Tweedie's formula. If the score is the true one, no guess of the clean image has a smaller mean squared error.
+    """
+    return x + sigmas[i][:, None, None, None] ** 2 * score(x, i)
 
 
 def langevin_step_size(sigmas: Tensor, T: int) -> float:
@@ -58,14 +90,13 @@ def langevin_step_size(sigmas: Tensor, T: int) -> float:
 
 @torch.no_grad()
 def denoise(score: Score, x: Tensor, sigmas: Tensor) -> Tensor:
-    """The mean of the clean image given x with noise sigma_L (Tweedie's formula): x + sigma_L^2 s(x, L)."""
-    L = torch.full((len(x),), len(sigmas) - 1, device=x.device)
-    return x + sigmas[-1] ** 2 * score(x, L)
+    """The mean of the clean image given x with noise sigma_L: x + sigma_L^2 s(x, L), the last denoising step."""
+    return tweedie(score, x, sigmas, torch.full((len(x),), len(sigmas) - 1, device=x.device))
 
 
 @torch.no_grad()
 def consistent_annealed_sampling(
-    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: torch.Generator | None = None
+    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
 ) -> Iterator[Tensor]:
     """Algorithm 1's fresh noise, set so that x holds exactly the noise that the next step expects.
 

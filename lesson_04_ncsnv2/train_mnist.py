@@ -25,10 +25,11 @@ from sample import LESSON, NETWORK_OPTIONS, draw
 from score_network import ScoreNetwork
 
 from common.cli import StopRequest, check_choice, check_positive, check_range, parse_config, run
-from common.data import DATASETS, load_images
+from common.data import DATASETS, load_pictures
 from common.images import save_gif, save_grid
 from common.layers import ACTIVATIONS
 from common.machine import PRECISIONS, autocast, choose_device, choose_precision, steps_in
+from common.noise import SeededNoise
 from common.optimizer import OPTIMIZERS, Optimizer
 from common.output import open_output, restore_run, resume_run, save_run, start_output
 from common.training_log import TrainingLog
@@ -41,6 +42,9 @@ class Config:
     """Every number of a run. `python train_mnist.py --help` lists them as flags."""
 
     dataset: str = "mnist"  # paper: CIFAR-10, CelebA, LSUN, FFHQ; ours: mnist, color_mnist, fashion_mnist or cifar10
+    images: str = ""  # ours: a folder of pictures to train on in place of the data set
+    image_size: int = 32  # ours: pictures of a folder are cut square and resized to so many pixels: 16 to 64, even
+    channels: int = 3  # ours: pictures of a folder become gray (1) or RGB (3)
     steps: int = 2500  # ours: what two CPU cores do in eight minutes; the paper trains 300 000 (--paper)
     minutes: float = 0.0  # ours: if not 0, the number of steps is what fits into so many minutes on this machine
     batch_size: int = 64  # ours: more, noisier steps in the same time; the paper has 128
@@ -60,7 +64,6 @@ class Config:
     T: int = 10  # ours: Langevin steps at each noise scale, as large as affordable; the paper has 5 for 32x32 pixels
     ema_decay: float = 0.995  # ours: a shorter memory for a shorter run; paper, Technique 5: 0.999
     preview_every: int = 500  # ours: steps between pictures of what the network has learned
-    preview_T: int = 0  # ours: T for those pictures, which should not take long; 0 is consistent annealed sampling
     seed: int = 0  # ours: the same seed gives the same run on the same machine
     device: str = "auto"  # ours: auto, cpu, cuda or mps
     precision: str = "auto"  # ours: bfloat16 where it is faster than float32; auto, float32 or bfloat16
@@ -73,6 +76,7 @@ PRESETS = {
         width=64, blocks=2, patch=1, activation="elu", skip=False, optimizer="adam", focus=0.0, ema_decay=0.999, T=5,
         preview_every=5000,
     ),
+    "paper on cifar10": dict(width=128),  # what --paper changes besides, with --dataset cifar10
     "smoke": dict(
         steps=20, batch_size=16, width=8, warmup=0, decay="constant", sigma_L=1.0, T=1, preview_every=10
     ),
@@ -115,12 +119,13 @@ def check(config: Config) -> None:
     check_choice(config, "optimizer", OPTIMIZERS)
     check_choice(config, "decay", ("cosine", "constant"))
     check_choice(config, "patch", (1, 2))
+    check_choice(config, "channels", (1, 3))
+    check_choice(config, "image_size", range(16, 65, 2))
     check_positive(config, "steps", "batch_size", "learning_rate", "clip", "blocks")
     check_positive(config, "sigma_L", "T", "preview_every")
     check_range(config, "seed", 0, 2**63 - 1)
     check_range(config, "width", 2, 4096)
     check_range(config, "focus", 0, 10**6)
-    check_range(config, "preview_T", 0, 10_000)
     check_range(config, "minutes", 0, 10**6)
     check_range(config, "warmup", 0, 10**9)
     check_range(config, "sigma_L", 0, 1)
@@ -194,11 +199,15 @@ def train(config: Config, images: Tensor, checkpoint: dict | None) -> int:
                 bar.close()
                 return stop.exit_status(f"stopped and saved after step {step}")
             if step % config.preview_every == 0:
-                frames = draw(ema, (64, C, H, W), config.preview_T, precision, config.seed, stop)
+                frames = draw(
+                    ema, (64, C, H, W), SeededNoise(config.seed, 64), "consistent", len(sigmas) + 1, precision, stop
+                )
                 if not stop:
                     save_grid(frames[-1], folder / f"samples_step_{step:06d}.png")
 
-    frames = draw(ema, (64, C, H, W), config.T, precision, config.seed, stop)
+    frames = draw(
+        ema, (64, C, H, W), SeededNoise(config.seed, 64), "langevin", config.T * len(sigmas) + 1, precision, stop
+    )
     if stop:
         return stop.exit_status("the checkpoint is saved, the last pictures are not made")
     save_grid(frames[-2], folder / "samples_before_denoising.png")
@@ -215,7 +224,7 @@ def main() -> int:
     if resume:
         config, checkpoint = resume_run(config, named, LESSON)
     check(config)
-    images = load_images(config.dataset)
+    images = load_pictures(config)
     if not resume:
         open_output(config.output, overwrite)  # only now, when all that was given has proved usable
     return train(config, images, checkpoint)

@@ -57,6 +57,10 @@ def some_images(name):
     return common.data.load_images(name)[:1000]
 
 
+def some_pictures(config):
+    return common.data.load_pictures(config) if config.images else some_images(config.dataset)
+
+
 def run_here(lesson, *flags, name="train_mnist"):
     """Runs the main() of a lesson's script in this process, with the first 1000 digits and an empty loss.png."""
     module, out, err = script(lesson, name), io.StringIO(), io.StringIO()
@@ -64,7 +68,7 @@ def run_here(lesson, *flags, name="train_mnist"):
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        patch.setattr(module, "load_images", some_images, raising=False)
+        patch.setattr(module, "load_pictures", some_pictures, raising=False)
         # Drawing the plot takes half of the time of such a short run
         patch.setattr(common.training_log, "save_loss_plot", lambda *arguments, reference: arguments[-1].touch())
         try:

@@ -251,7 +251,7 @@ def test_previews_do_not_change_the_training(lesson, straight, tmp_path):
 
 
 def test_sample_draws_from_the_checkpoint(lesson, straight, tmp_path):
-    flags = ("--checkpoint", straight / "checkpoint.pt", "--num", 3, "--T", 1)
+    flags = ("--checkpoint", straight / "checkpoint.pt", "--num", 3, "--calls", 10)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         result = run_here(lesson.name, *flags, "--seed", seed, "--output", tmp_path / f"{name}.png", name="sample")
         assert result.status in (0, None)

@@ -1,0 +1,36 @@
+"""Make a lesson's pretrained.pt from the checkpoint of its lesson run, small enough to come with the repository.
+
+    cd lesson_04_ncsnv2 && python train_mnist.py
+    cd .. && python -m common.pretrained lesson_04_ncsnv2
+
+It keeps the weights that samples are drawn with, as 8-bit integers with a scale for each output channel, and the
+configuration; what only a training needs, the optimiser and its like, is left out.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import load_checkpoint, pack, save_checkpoint
+from common.cli import run
+from common.errors import LessonError
+
+
+def main() -> None:
+    """Reads the lesson's output/checkpoint.pt, and writes its pretrained.pt."""
+    if len(sys.argv) != 2:
+        raise LessonError("name the lesson's folder: python -m common.pretrained lesson_04_ncsnv2")
+    folder = Path(sys.argv[1])
+    found = load_checkpoint(folder / "output" / "checkpoint.pt", folder.name)
+    config, network = found["config"], "ema" if "ema" in found else "network"
+    config = {**config, "output": "output"}
+    made = f"python train_mnist.py --seed {config['seed']}, {found['step']} steps, PyTorch {torch.__version__}"
+    kept = {"image_shape": found["image_shape"], "step": found["step"], "config": config, "made": made}
+    path = folder / "pretrained.pt"
+    save_checkpoint(path, folder.name, **kept, **{network: pack(found[network])})
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    run(main)
