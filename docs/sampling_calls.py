@@ -1,0 +1,53 @@
+"""Digit FID against network calls, for both samplers of lesson 4: `python docs/sampling_calls.py`.
+
+Uses lesson 4's pretrained.pt. Adds a line to docs/sampling_calls.csv after each measurement, and leaves out those that are there already;
+`python docs/figures.py sampling_calls` draws them.
+"""
+
+import csv
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "lesson_04_ncsnv2")]
+
+from sample import draw, load_network
+
+from common.cli import run
+from common.digit_metrics import digit_report
+from common.machine import choose_device, fastest_precision
+from common.noise import SeededNoise
+
+CALLS = {"consistent": (13, 25, 49, 97, 193), "langevin": (289, 481, 961)}
+COLUMNS = ("sampler", "calls", "n", "seed", "fid", "precision", "recall")
+
+
+def main() -> None:
+    """Measures what is missing in the file, the quickest first."""
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", default=ROOT / "lesson_04_ncsnv2" / "pretrained.pt")
+    parser.add_argument("--num", type=int, default=1000, help="images for each measurement (default: 1000)")
+    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "sampling_calls.csv")
+    options = parser.parse_args()
+    network, checkpoint = load_network(options.checkpoint, choose_device("auto"))
+    precision = fastest_precision("auto", network, checkpoint["image_shape"])
+    lines = list(csv.reader(options.csv.read_text().splitlines())) if options.csv.is_file() else [COLUMNS]
+    there = {tuple(line[:3]) for line in lines}
+    for sampler, calls in ((sampler, calls) for sampler, several in CALLS.items() for calls in several):
+        if (sampler, str(calls), str(options.num)) in there:
+            continue
+        with tqdm(total=options.num * calls, unit=" calls", unit_scale=True, desc=f"{sampler}, {calls}") as bar:
+            shape = (options.num, *checkpoint["image_shape"])
+            x = draw(network, shape, SeededNoise(1, options.num), sampler, calls, precision, bar=bar)[-1]
+        found = digit_report(x.clamp(0, 1).cpu())["samples"]
+        numbers = [f"{found[name]:.3f}" for name in ("fid", "precision", "recall")]
+        lines.append([sampler, calls, options.num, 1, *numbers])
+        with options.csv.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+
+
+if __name__ == "__main__":
+    run(main)
