@@ -1,7 +1,7 @@
 """Digit FID against network calls, for both samplers of lesson 4: `python docs/sampling_calls.py`.
 
-Uses lesson 4's pretrained.pt. Adds a line to docs/sampling_calls.csv after each measurement, and leaves out those that are there already;
-`python docs/figures.py sampling_calls` draws them.
+Draws with pretrained.pt, adds a line to docs/sampling_calls.csv after each measurement, and leaves out those that are
+there already. `python docs/figures.py sampling_calls` makes a picture of them.
 """
 
 import csv
