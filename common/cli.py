@@ -34,10 +34,10 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None):
     earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
     preset = parser.add_mutually_exclusive_group()
     for name, changes in presets.items():
-        if " on " in name:
-            continue
-        listed = ", ".join(f"{key} {value}" for key, value in changes.items())
-        preset.add_argument(f"--{name}", action="store_const", const=name, dest="preset", help=listed)
+        if " on " not in name:
+            more = {key.partition(" on ")[2]: presets[key] for key in presets if key.startswith(f"{name} on ")}
+            listed = _listed(changes) + "".join(f"; on {key}: {_listed(value)}" for key, value in more.items())
+            preset.add_argument(f"--{name}", action="store_const", const=name, dest="preset", help=listed)
     for field in dataclasses.fields(config_class):
         kind = type(field.default)
         how = (
@@ -50,9 +50,13 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None):
     flags = vars(parser.parse_args(arguments))
     resume, overwrite, preset = flags.pop("resume"), flags.pop("overwrite"), flags.pop("preset")
     named = {name: value for name, value in flags.items() if value is not None}
-    dataset = named.get("dataset", config_class.dataset)
+    dataset = named.get("dataset", getattr(config_class, "dataset", None))
     changes = {**presets.get(preset, {}), **presets.get(f"{preset} on {dataset}", {})}
     return config_class(**{**changes, **named}), set(named) | set(changes), resume, overwrite
+
+
+def _listed(changes):
+    return ", ".join(f"{key} {value}" for key, value in changes.items())
 
 
 def _flag(name):

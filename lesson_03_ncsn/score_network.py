@@ -123,6 +123,8 @@ class RefineBlock(nn.Module):
 class ScoreNetwork(nn.Module):
     """Estimates the score of the data under Gaussian noise of scale sigma_i, for every i at once.
 
+    Lesson 3 tells each layer i (NCSN, App. A); lesson 4 tells none, and divides the output by sigma_i (Technique 3).
+
     sigmas (L,) is the ladder; images have `channels` channels and an even height and width from 16 to 64. The other
     arguments trade quality for time; their defaults are the paper's network for MNIST.
     width: feature channels at full size; after the only downsampling there are twice as many.

@@ -159,6 +159,7 @@ def train(config: Config, images: Tensor, checkpoint: dict | None) -> int:
     config = replace(config, precision=precision)
     start_output(config, network, device, seconds * B / b * (config.steps - start))
 
+    shape = (64, C, H, W)  # of the pictures on the way and at the end
     with tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True) as bar:
         for step in range(start + 1, config.steps + 1):
             x = images[torch.randint(len(images), (B,), generator=generator, device=device)]  # (B, C, H, W)
@@ -179,15 +180,11 @@ def train(config: Config, images: Tensor, checkpoint: dict | None) -> int:
                 return stop.exit_status(f"stopped and saved after step {step}")
             if step % config.preview_every == 0:
                 calls = config.preview_T * config.L
-                frames = draw(
-                    network, (64, C, H, W), SeededNoise(config.seed, 64), calls, config.epsilon, precision, stop
-                )
+                frames = draw(network, shape, SeededNoise(config.seed, 64), calls, config.epsilon, precision, stop)
                 if not stop:
                     save_grid(frames[-1], folder / f"samples_step_{step:06d}.png")
 
-    frames = draw(
-        network, (64, C, H, W), SeededNoise(config.seed, 64), config.T * config.L, config.epsilon, precision, stop
-    )
+    frames = draw(network, shape, SeededNoise(config.seed, 64), config.T * config.L, config.epsilon, precision, stop)
     if stop:
         return stop.exit_status("the checkpoint is saved, the last pictures are not made")
     save_grid(frames[-1], folder / "samples.png")

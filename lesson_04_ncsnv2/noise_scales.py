@@ -75,7 +75,7 @@ def noise_scale_ratio(dimension: int, overlap: float = 0.5) -> float:
 
 
 def number_of_noise_scales(sigma_1: float, sigma_L: float, gamma: float) -> int:
-    """The smallest L, at least 2, of a ladder from sigma_1 to sigma_L whose ratio is not above gamma.
+    """Technique 2: the smallest L, at least 2, of a ladder from sigma_1 to sigma_L whose ratio is not above gamma.
 
     sigma_1 > sigma_L > 0 and gamma > 1; ValueError otherwise.
     """

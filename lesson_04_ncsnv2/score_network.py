@@ -1,7 +1,6 @@
 """The score network: a 4-cascade RefineNet (Lin et al. 2017) that is not told the noise scale.
 
-Changes from lesson 3, all of them Technique 3: InstanceNorm++ is the same for all noise scales, so no block is told i;
-the blocks of RefineNet do without it, as in the authors' code; the output is divided by sigma_i.
+Changes from lesson 3: no layer is told i, the refine blocks do without normalisation, the output is divided by sigma_i.
 
 Shapes: B images of C channels and H x W pixels; L noise scales.
 """
@@ -124,6 +123,8 @@ class RefineBlock(nn.Module):
 
 class ScoreNetwork(nn.Module):
     """Estimates the score of the data under Gaussian noise of scale sigma_i, for every i at once.
+
+    Lesson 3 tells each layer i (NCSN, App. A); lesson 4 tells none, and divides the output by sigma_i (Technique 3).
 
     sigmas (L,) is the ladder; images have `channels` channels and an even height and width from 16 to 64. The other
     arguments trade quality for time; their defaults are the paper's network for MNIST.

@@ -180,6 +180,7 @@ def train(config: Config, images: Tensor, checkpoint: dict | None) -> int:
     config = replace(config, precision=precision)
     start_output(config, network, device, seconds * B / b * (config.steps - start))
 
+    shape = (64, C, H, W)  # of the pictures on the way and at the end
     with tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True) as bar:
         for step in range(start + 1, config.steps + 1):
             x = images[torch.randint(len(images), (B,), generator=generator, device=device)] / 255  # (B, C, H, W)
@@ -199,15 +200,11 @@ def train(config: Config, images: Tensor, checkpoint: dict | None) -> int:
                 bar.close()
                 return stop.exit_status(f"stopped and saved after step {step}")
             if step % config.preview_every == 0:
-                frames = draw(
-                    ema, (64, C, H, W), SeededNoise(config.seed, 64), "consistent", len(sigmas) + 1, precision, stop
-                )
+                frames = draw(ema, shape, SeededNoise(config.seed, 64), "consistent", len(sigmas) + 1, precision, stop)
                 if not stop:
                     save_grid(frames[-1], folder / f"samples_step_{step:06d}.png")
 
-    frames = draw(
-        ema, (64, C, H, W), SeededNoise(config.seed, 64), "langevin", config.T * len(sigmas) + 1, precision, stop
-    )
+    frames = draw(ema, shape, SeededNoise(config.seed, 64), "langevin", config.T * len(sigmas) + 1, precision, stop)
     if stop:
         return stop.exit_status("the checkpoint is saved, the last pictures are not made")
     save_grid(frames[-2], folder / "samples_before_denoising.png")

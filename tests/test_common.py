@@ -95,7 +95,8 @@ def test_help_of_the_lessons(lesson, capsys):
         assert f"{comments[field.name]} (default: {field.default})" in text
         assert re.match("paper|ours", comments[field.name]), f"{field.name}: where does the number come from?"
     for name, changes in train_mnist.PRESETS.items():
-        assert f"--{name} " in text
+        base, _, dataset = name.partition(" on ")
+        assert f"--{base} " in text and (not dataset or f"; on {dataset}: " in text)
         assert set(changes) <= {field.name for field in dataclasses.fields(train_mnist.Config)}
         train_mnist.check(train_mnist.Config(**changes))
     train_mnist.check(train_mnist.Config())
