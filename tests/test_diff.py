@@ -75,7 +75,7 @@ def test_loss_is_identical():
 
 def test_the_lessons_have_the_same_files():
     old, new = ({path.name for path in folder.glob("*.py")} for folder in (OLD, NEW))
-    assert old == new
+    assert old - {"toy_2d.py", "first_network.py"} == new  # what leads up to the subject, once
     assert old >= set(FILES)
 
 
