@@ -25,7 +25,7 @@ from sample import NETWORK_OPTIONS
 from score_network import ScoreNetwork
 from train_mnist import PRESETS, Config
 
-from common.machine import autocast, choose_device, in_batches
+from common.machine import PRECISIONS, autocast, choose_device, choose_precision, in_batches
 from common.optimizer import Optimizer
 
 ROUNDS = 5
@@ -78,7 +78,10 @@ def main() -> None:
     device = choose_device("auto")
     lesson, paper = Config(), Config(**PRESETS["paper"])
     work = {}
-    for name, config, batch_size in (("lesson run", lesson, lesson.batch_size), ("paper's network", paper, 32)):
+    for name, config, batch_size in (
+        ("lesson run", lesson, lesson.batch_size),
+        ("paper's network", paper, paper.batch_size),
+    ):
         for precision in ("float32", "bfloat16"):
             work[f"{name}, training step, {precision}"] = (
                 training_step(config, precision, device, batch_size),
@@ -99,6 +102,8 @@ def main() -> None:
     )
     for name, values in rates.items():
         print(f"{name:42}{statistics.median(values[1:]):8.1f} images/s")  # the first round warms up
+    trials = {name: training_step(lesson, name, device, lesson.batch_size) for name in PRECISIONS[1:]}
+    print(f"chosen by train_mnist.py: {choose_precision('auto', device, lambda name: trials[name]())[0]}")
     seconds, megabytes = start_up()
     print(f"train_mnist.py: {seconds:.1f} s to its first step, {megabytes:.0f} MB of memory at most")
 

@@ -122,13 +122,13 @@ def test_the_quoted_changes_are_in_the_files():
     blocks = re.findall(r"```diff\n(.*?)```", readme("lesson_04_ncsnv2"), re.DOTALL)
     assert len(blocks) >= 3
     for block in blocks:
-        first, *lines = block.splitlines()
-        file = first.removeprefix("@@ ").split(" ")[0]
+        first, hunks = block.split("\n", 1)
+        file = first.removeprefix("@@ ")
         old, new = ((ROOT / lesson / file).read_text() for lesson in LESSONS)
-        for other, source in (("+", old), ("-", new)):
-            kept = "\n".join(line[1:] for line in lines if not line.startswith(other))
-            for part in kept.split("\n...\n") if "..." in kept else [kept]:
-                assert part in source, f"{file}: {part}"
+        for hunk in hunks.rstrip("\n").split("\n...\n"):
+            for other, source in (("+", old), ("-", new)):
+                lines = [line[1:] for line in hunk.split("\n") if not line.startswith(other)]
+                assert "\n".join(lines) in source, f"{file}: {hunk}"
 
 
 def test_every_exercise_has_an_outcome():
