@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from common.digit_metrics import (
     print_report,
 )
 from common.errors import LessonError
+from tests.running import ENVIRONMENT, ROOT
 
 
 def generator(seed=0):
@@ -239,3 +243,11 @@ def test_printed_table(report, capsys):
             *(f"{report[key][column]:.3f}" for column in ("precision", "recall", "entropy")),
             f"{report[key]['nearest']:.2f}",
         ]
+
+
+def test_training_and_sampling_never_see_the_judge(lesson):
+    """In a process of its own: nothing that train_mnist.py and sample.py import is the judge."""
+    script = "import sys, sample, train_mnist; print(*sorted(name for name in sys.modules if 'digit' in name))"
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, cwd=ROOT / lesson.name, env=ENVIRONMENT, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout.strip() == ""
