@@ -167,8 +167,9 @@ def write_table(lines: list[dict], options: Namespace) -> str:
         cells = [f"{mean(values['train_seconds']):.0f}" if found else "-"]
         cells += [str(int(found[0]["L"]) * int(found[0]["T"]) + (row >= 6)) if found else "-"]
         for name, form in (("fid", ".1f"), ("precision", ".2f"), ("recall", ".2f")):
-            v = values[name] or [math.nan]
-            cells.append(f"{mean(v):{form}}" + (f" ({min(v):{form}} to {max(v):{form}})" if len(v) > 1 else ""))
+            v = values[name]
+            several = f" ({min(v):{form}} to {max(v):{form}})" if len(v) > 1 else ""
+            cells.append(f"{mean(v):{form}}{several}" if v else "-")
         table.append(f"| {title} | " + " | ".join(cells) + f" | {len(found)} |")
     floor = [float(line["floor"]) for line in lines if line["floor"] != "nan"]
     real = f"; {options.num} real digits score {mean(floor):.1f}" if floor else ""

@@ -1,11 +1,12 @@
 """Pictures of the problems that the five techniques solve: `python docs/figures.py`, or with the names of some.
 
-lesson_04_modes, lesson_04_ladder and lesson_04_step_size need no trained network and take a minute on one core.
+lesson_04_modes, lesson_04_ladder and lesson_04_step_size need no trained network and take two minutes on one core.
 sampling_calls reads docs/sampling_calls.csv; lesson_04_ema reads docs/ablation.csv, a copy of the results.csv that
 `python docs/ablation.py --curve` writes.
 """
 
 import csv
+import io
 import math
 import sys
 from argparse import ArgumentParser
@@ -15,6 +16,7 @@ from statistics import geometric_mean
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 DOCS = Path(__file__).resolve().parent
@@ -50,8 +52,8 @@ def exact_score(images: Tensor, sigmas: Tensor) -> Callable[[Tensor, Tensor], Te
     return score
 
 
-def modes(path: Path, number: int = 1000, chains: int = 200, T: int = 100) -> None:
-    """Technique 1: from one picture, and from uniform noise, what do 200 chains reach with a small and a large sigma_1?
+def modes(path: Path, number: int = 1000, chains: int = 400, T: int = 100) -> None:
+    """Technique 1: from one picture, and from uniform noise, what do 400 chains reach with a small and a large sigma_1?
 
     The sampler is lesson 3's with its 10 noise scales and 100 steps at each; the score is exact for `number` training
     digits, so that each chain ends at one of them and only the sampler can be at fault.
@@ -64,9 +66,10 @@ def modes(path: Path, number: int = 1000, chains: int = 200, T: int = 100) -> No
     expected = number * (1 - (1 - 1 / number) ** chains)
     figure = Figure(figsize=(6, 7.4), layout="constrained")
     panels = figure.subplots(4, 2, height_ratios=(3, 2, 3, 2))
+    ladders = {"$\\sigma_1$ = 1 (lesson 3)": (1.0, ORANGE), "$\\sigma_1$ = 16.9 (Technique 1)": (SIGMA_1, BLUE)}
     for row, (name, start) in enumerate(starts.items()):
-        for column, (sigma_1, color) in enumerate(((1.0, ORANGE), (SIGMA_1, BLUE))):
-            sigmas, generator = geometric_noise_scales(sigma_1, SIGMA_L, 10), torch.Generator().manual_seed(1)
+        for column, (heading, (sigma_1, color)) in enumerate(ladders.items()):
+            sigmas, generator = geometric_noise_scales(sigma_1, SIGMA_L, 10), torch.Generator().manual_seed(row)
             score = exact_score(images, sigmas)
             *_, x = sampler_3.annealed_langevin_dynamics(score, start, sigmas, T, 2e-5, generator)
             reached = torch.cdist(x.flatten(1), images.flatten(1)).argmin(dim=1)  # (chains,)
@@ -77,18 +80,15 @@ def modes(path: Path, number: int = 1000, chains: int = 200, T: int = 100) -> No
             grid = x[:32, 0].clamp(0, 1).view(4, 8, 28, 28).transpose(1, 2).reshape(112, 224)
             top.imshow(grid, cmap="gray", vmin=0, vmax=1)
             top.set_axis_off()
-            heading = f"$\\sigma_1$ = {sigma_1:.3g}\n" if row == 0 else ""
-            top.set_title(f"{heading}start: {name}", fontsize=12)
+            top.set_title(f"{heading}\nstart: {name}" if row == 0 else f"start: {name}", fontsize=12)
             bottom.bar(range(10), counts.tolist(), color=color)
             bottom.plot(range(10), labels.bincount(minlength=10) * chains / number, "k_", markersize=12)
             bottom.set_xticks(range(10))
             bottom.set_xlabel(f"class; {distinct} different digits", fontsize=11)
-            bottom.set_ylim(0, 1.1 * max(60, counts.max().item()))
+            bottom.set_ylim(0, 1.1 * max(100, counts.max().item()))
     panels[1, 0].set_ylabel("chains", fontsize=11)
     panels[3, 0].set_ylabel("chains", fontsize=11)
-    figure.suptitle(
-        f"{chains} chains; fair draws reach about {expected:.0f} different digits (black: fair)", fontsize=12
-    )
+    figure.suptitle(f"{chains} chains (bars); fair draws (black) reach {expected:.0f} different digits", fontsize=12)
     save(figure, path)
 
 
@@ -103,27 +103,32 @@ def overlap(gamma: float, dimension: int = D) -> float:
 
 
 def noise_ladder(path: Path) -> None:
-    """Technique 2: the density of the length r of noise, for the scales of lesson 3 and those of Technique 2."""
-    gamma = noise_scale_ratio(D)
-    L = number_of_noise_scales(SIGMA_1, SIGMA_L, gamma)
-    ladders = {"lesson 3": geometric_noise_scales(1.0, SIGMA_L, 10)}
-    ladders["Technique 2"] = geometric_noise_scales(SIGMA_1, SIGMA_L, L)
+    """Technique 2: the density of the length of noise, for the scales of lesson 3 and those of Technique 2.
+
+    The gray band holds the noise of the scale nearest to 0.6, give or take three deviations.
+    """
+    L = number_of_noise_scales(SIGMA_1, SIGMA_L, noise_scale_ratio(D))
+    ladders = {
+        "lesson 3": geometric_noise_scales(1.0, SIGMA_L, 10),
+        "Technique 2": geometric_noise_scales(SIGMA_1, SIGMA_L, L),
+    }
     figure = Figure(figsize=(6, 5.2), layout="constrained")
-    r = torch.linspace(0.32, 1.13, 2000) * math.sqrt(D)  # lengths
+    r = torch.linspace(0.34, 1.08, 2000) * math.sqrt(D)  # lengths
     for panel, (name, sigmas) in zip(figure.subplots(2, 1, sharex=True), ladders.items(), strict=True):
-        ratio = float(sigmas[0] / sigmas[1])
-        print(f"{name}: L = {len(sigmas)}, gamma = {ratio:.4f}, overlap = {overlap(ratio):.3g}")
-        for k, sigma in enumerate(sigmas[(sigmas > 0.3) & (sigmas < 1.2)].tolist()):
-            deviation = sigma / math.sqrt(2)
-            p = torch.exp(-0.5 * ((r - math.sqrt(D) * sigma) / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
-            color = (BLUE, ORANGE)[k % 2]
-            panel.fill_between(r, p, alpha=0.25, color=color, linewidth=0)
-            panel.plot(r, p, color=color, linestyle=("-", "--")[k % 2])
-        panel.set_title(f"{name}: L = {len(sigmas)}, ratio {ratio:.2f}, overlap {overlap(ratio):.2f}", fontsize=13)
+        gamma = float(sigmas[0] / sigmas[1])
+        print(f"{name}: L = {len(sigmas)}, gamma = {gamma:.4f}, overlap = {overlap(gamma):.3g}")
+        for k, sigma in enumerate(sigmas.tolist()):
+            middle, deviation = math.sqrt(D) * sigma, sigma / math.sqrt(2)
+            p = torch.exp(-0.5 * ((r - middle) / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
+            if p.max() > 0.01:
+                color, style = ((BLUE, "-"), (ORANGE, "--"))[k % 2]
+                panel.plot(r, p, color=color, linestyle=style, linewidth=2)
+            if k == (sigmas - 0.6).abs().argmin():
+                panel.axvspan(middle - 3 * deviation, middle + 3 * deviation, color="0.85")
+        panel.set_title(f"{name}: L = {len(sigmas)}, ratio {gamma:.2f}, overlap {overlap(gamma):.2f}", fontsize=13)
         panel.set_ylabel("density", fontsize=12)
-        panel.set_ylim(bottom=0)
-        panel.set_xlim(r[0].item(), r[-1].item())
-    panel.set_xlabel(f"length of the noise, of $\\sigma$ = {r[0] / 28:.2f} to {r[-1] / 28:.2f}", fontsize=12)
+        panel.set(xlim=(r[0].item(), r[-1].item()), ylim=(0, 1.8))
+    panel.set_xlabel("length of the noise; gray: one scale, to three deviations", fontsize=12)
     save(figure, path)
 
 
@@ -147,8 +152,8 @@ def step_size(path: Path) -> None:
         label = f"T = {T}: $\\epsilon$ = {best * SIGMA_L**2:.3g}"
         panel.plot(r, left(r, T), color=color, linestyle=style, linewidth=2, label=label)
         panel.plot(best, left(best, T), "o", color=color, markersize=8)
-    panel.axvline(0.1, color="black", linewidth=1)  # lesson 3 has epsilon / 2 where lesson 4 has epsilon
-    panel.text(0.096, 1.165, "lesson 3's step", rotation=90, ha="right", va="top", fontsize=11)
+    panel.axvline(0.1, color="black", linewidth=1)  # 2e-5 / 2: lesson 3 has epsilon / 2 where lesson 4 has epsilon
+    panel.text(0.093, 1.19, "lesson 3's step", ha="right", va="center", fontsize=11)
     panel.set(xscale="log", ylim=(1, 1.2), xlim=(1e-3, 1))
     panel.set_xlabel("step size $\\epsilon\\, /\\, \\sigma_L^2$", fontsize=12)
     panel.set_ylabel("variance after T steps / $\\sigma_i^2$", fontsize=12)
@@ -215,9 +220,11 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG of 720 pixels' width. Raises LessonError if path cannot be written."""
+    """Write the figure as a PNG of 720 pixels' width and 64 colours. Raises LessonError if path cannot be written."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        Image.open(buffer).convert("RGB").quantize(64).save(temporary, format="PNG", optimize=True)
     print(f"look at {path}")
 
 
