@@ -77,12 +77,12 @@ def modes(path: Path, number: int = 1000, chains: int = 400, T: int = 100) -> No
             print(f"sigma_1 = {sigma_1:g}, start: {name}: {distinct} different digits, classes {counts.tolist()}")
 
             top, bottom = panels[2 * row, column], panels[2 * row + 1, column]
-            grid = x[:32, 0].clamp(0, 1).view(4, 8, 28, 28).transpose(1, 2).reshape(112, 224)
+            grid = x[:32, 0].clamp(0, 1).view(4, 8, 28, 28).transpose(1, 2).reshape(112, 224).numpy()
             top.imshow(grid, cmap="gray", vmin=0, vmax=1)
             top.set_axis_off()
             top.set_title(f"{heading}\nstart: {name}" if row == 0 else f"start: {name}", fontsize=12)
             bottom.bar(range(10), counts.tolist(), color=color)
-            bottom.plot(range(10), labels.bincount(minlength=10) * chains / number, "k_", markersize=12)
+            bottom.plot(range(10), (labels.bincount(minlength=10) * chains / number).numpy(), "k_", markersize=12)
             bottom.set_xticks(range(10))
             bottom.set_xlabel(f"class; {distinct} different digits", fontsize=11)
             bottom.set_ylim(0, 1.1 * max(100, counts.max().item()))
