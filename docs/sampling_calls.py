@@ -29,7 +29,7 @@ def main() -> None:
     """Measures what is missing in the file, the quickest first."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", default=ROOT / "lesson_04_ncsnv2" / "pretrained.pt")
-    parser.add_argument("--num", type=int, default=1000, help="images for each measurement (default: 1000)")
+    parser.add_argument("--num", type=int, default=500, help="images for each measurement (default: 500)")
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "sampling_calls.csv")
     options = parser.parse_args()
     network, checkpoint = load_network(options.checkpoint, choose_device("auto"))
