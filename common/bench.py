@@ -76,6 +76,7 @@ def start_up() -> tuple[float, float]:
 def main() -> None:
     """Prints the table."""
     device = choose_device("auto")
+    seconds, megabytes = start_up()  # first: a process that grows later would be counted for its child's memory
     lesson, paper = Config(), Config(**PRESETS["paper"])
     work = {}
     for name, config, batch_size in (
@@ -104,7 +105,6 @@ def main() -> None:
         print(f"{name:42}{statistics.median(values[1:]):8.1f} images/s")  # the first round warms up
     trials = {name: training_step(lesson, name, device, lesson.batch_size) for name in PRECISIONS[1:]}
     print(f"chosen by train_mnist.py: {choose_precision('auto', device, lambda name: trials[name]())[0]}")
-    seconds, megabytes = start_up()
     print(f"train_mnist.py: {seconds:.1f} s to its first step, {megabytes:.0f} MB of memory at most")
 
 

@@ -199,7 +199,7 @@ def plot_fid(path: Path, series: dict[str, list[tuple[int, float]]], what: str, 
     panel.set_xticks(ticks, [str(x) for x in ticks], rotation=45 if len(ticks) > 5 else 0)
     panel.minorticks_off()
     low, high = panel.get_ylim()
-    marks = [m * 10**e for e in range(4) for m in (1, 1.5, 2, 3, 5, 7) if low <= m * 10**e <= high]
+    marks = [m * 10**e for e in range(4) for m in (1, 1.2, 1.5, 2, 3, 5, 7, 8.5) if low <= m * 10**e <= high]
     panel.set_yticks(marks, [f"{mark:g}" for mark in marks])
     panel.set_xlabel(what, fontsize=12)
     panel.set_ylabel(f"digit FID ({n})", fontsize=12)
