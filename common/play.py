@@ -34,7 +34,12 @@ def read_flags(description: str, samplers: tuple[str, ...]) -> Namespace:
     add("--seed", type=int, default=1, help="image k is the sample of seed + k, always the same (default: 1)")
     add("--sampler", choices=samplers, help=f"(default: {samplers[0]}; langevin for --inpaint)")
     add("--calls", type=int, help="network calls for each image (default: as many as the sampler needs)")
-    add("--precision", default="auto", choices=PRECISIONS, help="(default: what this machine does faster)")
+    add(
+        "--precision",
+        default="auto",
+        choices=PRECISIONS,
+        help="(default: that of the training, if this machine is fast in it)",
+    )
     add("--output", metavar="PATH.png", help="the picture (default: output/drawn.png, output/inpaint.png, ...)")
     add("--save-tensor", metavar="PATH", help="also write the images, float (N, C, H, W), for torch.load")
     add("--gif", nargs="?", const="output/drawn.gif", metavar="PATH.gif", help="also the way from noise to images")

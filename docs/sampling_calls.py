@@ -18,7 +18,7 @@ from sample import draw, load_network
 
 from common.cli import run
 from common.digit_metrics import digit_report
-from common.machine import choose_device, fastest_precision
+from common.machine import choose_device, sampling_precision
 from common.noise import SeededNoise
 
 CALLS = {"consistent": (13, 25, 49, 97), "langevin": (289, 961)}
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "sampling_calls.csv")
     options = parser.parse_args()
     network, checkpoint = load_network(options.checkpoint, choose_device("auto"))
-    precision = fastest_precision("auto", network, checkpoint["image_shape"])
+    precision = sampling_precision("auto", checkpoint["config"]["precision"], network, checkpoint["image_shape"])
     lines = list(csv.reader(options.csv.read_text().splitlines())) if options.csv.is_file() else [COLUMNS]
     there = {tuple(line[:3]) for line in lines}
     for sampler, calls in ((sampler, calls) for sampler, several in CALLS.items() for calls in several):

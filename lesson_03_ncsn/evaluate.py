@@ -14,7 +14,7 @@ from sample import SAMPLERS, draw, load_network
 from common.checkpoint import load_tensor
 from common.cli import check_positive, check_range, run
 from common.digit_metrics import digit_report, print_report
-from common.machine import choose_device, fastest_precision
+from common.machine import choose_device, sampling_precision
 from common.noise import SeededNoise
 
 
@@ -37,7 +37,7 @@ def main() -> None:
         network, checkpoint = load_network(options.path, choose_device("auto"))
         config, shape, L = checkpoint["config"], (options.num, *checkpoint["image_shape"]), len(network.sigmas)
         calls = options.calls or config["T"] * L
-        precision = fastest_precision("auto", network, checkpoint["image_shape"])
+        precision = sampling_precision("auto", config["precision"], network, checkpoint["image_shape"])
         print(f"step {checkpoint['step']}, {options.sampler}, {calls} network calls, {precision}")
         noise = SeededNoise(options.seed, options.num)
         with tqdm(total=options.num * calls, unit=" calls", unit_scale=True) as bar:

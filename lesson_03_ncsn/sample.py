@@ -15,7 +15,7 @@ from common.checkpoint import load_checkpoint, load_weights
 from common.cli import run
 from common.errors import LessonError
 from common.images import check_finite
-from common.machine import choose_device, fastest_precision, in_batches
+from common.machine import choose_device, in_batches, sampling_precision
 from common.play import find_checkpoint, play, print_info, read_flags
 
 FOLDER = Path(__file__).resolve().parent
@@ -67,7 +67,9 @@ def main() -> None:
         return print_info(checkpoint, network, path)
     sigmas, epsilon = network.sigmas, checkpoint["config"]["epsilon"]
     calls = options.calls or checkpoint["config"]["T"] * len(sigmas)
-    precision = fastest_precision(options.precision, network, checkpoint["image_shape"])
+    precision = sampling_precision(
+        options.precision, checkpoint["config"]["precision"], network, checkpoint["image_shape"]
+    )
 
     def sample(shape, noise, bar):
         return draw(network, shape, noise, calls, epsilon, precision, bar=bar)

@@ -22,7 +22,7 @@ from common.checkpoint import load_checkpoint, load_weights
 from common.cli import run
 from common.errors import LessonError
 from common.images import check_finite
-from common.machine import choose_device, fastest_precision, in_batches
+from common.machine import choose_device, in_batches, sampling_precision
 from common.play import find_checkpoint, play, print_info, read_flags
 
 FOLDER = Path(__file__).resolve().parent
@@ -90,7 +90,9 @@ def main() -> None:
     sigmas = network.sigmas
     T = checkpoint["config"]["T"] if options.sampler == "langevin" else 1
     calls = options.calls or T * len(sigmas) + 1
-    precision = fastest_precision(options.precision, network, checkpoint["image_shape"])
+    precision = sampling_precision(
+        options.precision, checkpoint["config"]["precision"], network, checkpoint["image_shape"]
+    )
 
     def sample(shape, noise, bar):
         return draw(network, shape, noise, options.sampler, calls, precision, bar=bar)

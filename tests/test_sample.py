@@ -13,6 +13,7 @@ from PIL import Image
 
 import common.data
 from common.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
+from common.machine import sampling_precision
 from common.noise import InterpolatedNoise, JoinedNoise, SeededNoise
 from common.play import read_mask
 from lesson_04_ncsnv2.noise_scales import geometric_noise_scales
@@ -409,3 +410,18 @@ def test_paper_on_cifar10_is_as_wide_as_the_papers(lesson):
 
     assert width("--paper") == 64 and width("--paper", "--dataset", "cifar10") == 128
     assert width("--paper", "--dataset", "cifar10", "--width", "32") == 32 and width("--dataset", "cifar10") == 48
+
+
+def test_the_precision_of_sampling_does_not_hang_on_small_differences(monkeypatch):
+    network, _ = script("lesson_04_ncsnv2", "sample").load_network(
+        ROOT / "lesson_04_ncsnv2" / "pretrained.pt", torch.device("cpu")
+    )
+
+    def chosen(name, trained, *seconds):
+        times = iter(seconds)
+        monkeypatch.setattr("common.machine.seconds_per_step", lambda step, device: next(times))
+        return sampling_precision(name, trained, network, (1, 28, 28))
+
+    assert chosen("auto", "float32") == chosen("float32", "bfloat16") == "float32"
+    assert chosen("bfloat16", "float32") == chosen("auto", "bfloat16", 1.2, 1.0) == "bfloat16"
+    assert chosen("auto", "bfloat16", 3.0, 1.0) == "float32"
