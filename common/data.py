@@ -77,7 +77,7 @@ def load_folder(folder: str | Path, image_size: int, channels: int) -> Tensor:
     for path in sorted(Path(folder).rglob("*")):
         if path.suffix.lower() in PICTURES and not path.is_dir():
             try:
-                images.append(_read_picture(path, image_size, "L" if channels == 1 else "RGB"))
+                images.append(_read_picture(path, image_size, channels))
             except Exception as error:  # a damaged picture can raise almost anything in a decoder
                 failures.append(f"left out {path}: {_one_line(error)}")
     more = [f"left out {len(failures) - 10} more"] if len(failures) > 10 else []
@@ -85,8 +85,7 @@ def load_folder(folder: str | Path, image_size: int, channels: int) -> Tensor:
         print(line, file=sys.stderr)
     if not images:
         raise LessonError(f"{folder} has no readable picture: {' '.join(PICTURES)} are read")
-    pixels = torch.from_numpy(np.stack(images)).reshape(-1, image_size, image_size, channels)
-    return pixels.permute(0, 3, 1, 2).contiguous()
+    return torch.stack(images)
 
 
 def load_picture(path: str | Path, image_size: int, channels: int) -> Tensor:
@@ -94,10 +93,9 @@ def load_picture(path: str | Path, image_size: int, channels: int) -> Tensor:
     it cannot be read.
     """
     try:
-        pixels = torch.from_numpy(_read_picture(path, image_size, "L" if channels == 1 else "RGB").copy())
+        return _read_picture(path, image_size, channels).unsqueeze(0)
     except Exception as error:  # a damaged picture can raise almost anything in a decoder
         raise LessonError(f"cannot read the picture {path}: {_one_line(error)}") from error
-    return pixels.reshape(1, image_size, image_size, channels).permute(0, 3, 1, 2)
 
 
 def load_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
@@ -179,7 +177,7 @@ def _torchvision_images(name, split):
     return images.permute(0, 3, 1, 2).contiguous() if name == "cifar10" else images.unsqueeze(1)
 
 
-def _read_picture(path, size, mode):
+def _read_picture(path, size, channels):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file that unpacks into gigabytes
@@ -192,4 +190,5 @@ def _read_picture(path, size, mode):
             square = picture.crop((left, top, left + side, top + side)).convert("RGBA")
     page = Image.new("RGBA", square.size, "white")
     page.alpha_composite(square)
-    return np.asarray(page.convert(mode).resize((size, size), Image.Resampling.LANCZOS))
+    pixels = np.array(page.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.LANCZOS))
+    return torch.from_numpy(pixels).reshape(size, size, channels).permute(2, 0, 1).contiguous()

@@ -64,8 +64,10 @@ def sampling_precision(name: str, trained: str, network, image_shape: tuple) -> 
     Not whichever is faster by a little, which could change from one call to the next, and with it the picture of a
     seed; only where bfloat16 takes half as long again as float32, on a machine that has no unit for it, is it float32.
     """
-    if name != "auto" or trained != "bfloat16":
-        return trained if name == "auto" else name
+    if name != "auto":
+        return name
+    if trained != "bfloat16":
+        return trained
     device = network.sigmas.device
     x, i = torch.zeros(32, *image_shape, device=device), torch.zeros(32, dtype=torch.long, device=device)
 

@@ -142,6 +142,7 @@ def play(
         with progress(n * COMPLETIONS) as bar:
             each = repeat(y, "n c h w -> (n k) c h w", k=COMPLETIONS)
             images = fill_in(each, known, SeededNoise(seed, len(each)), bar)
+        check_finite(images)
         rows = rearrange(images, "(n k) c h w -> n k c h w", k=COMPLETIONS)
         masked = y * known + 0.5 * (1 - known)
         rows = torch.cat([torch.stack([y, masked], 1), rows], 1)
@@ -162,7 +163,6 @@ def play(
             y = pictures("test", n)
         images = show_denoising(y, SeededNoise(seed, len(y))(y), sigmas, guess, output)
 
-    check_finite(images)
     if options.save_tensor:
         with atomic_write(options.save_tensor) as temporary:
             torch.save(images.cpu(), temporary)
@@ -212,6 +212,7 @@ def show_denoising(y: Tensor, z: Tensor, sigmas: Tensor, guess: Callable, path: 
     some = torch.linspace(0, len(sigmas) - 1, min(SIGMAS, len(sigmas)), device=sigmas.device).round().long().flip(0)
     noisy = [y + sigmas[i] * z for i in some]
     guesses = [guess(x, i.expand(len(x))) for x, i in zip(noisy, some)]
+    check_finite(torch.cat(guesses))
     rows = rearrange([torch.stack([y, *noisy], 1), torch.stack([y, *guesses], 1)], "two n k c h w -> (n two k) c h w")
     names = ["clean", *(f"$\\sigma$ = {sigma:.2g}" for sigma in sigmas[some].tolist())]
     save_table(rows, path, ["with noise", "network's guess"] * len(y), names)

@@ -6,6 +6,7 @@ Shapes: B points are "images" (B, 2, 1, 1), so that loss.py and sampler.py can b
 
 import sys
 from argparse import ArgumentParser
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,6 +53,17 @@ def learn_score(sigma: float, steps: int) -> nn.Module:
     return network
 
 
+@contextmanager
+def square(title: str, path: Path):
+    """A panel that shows [-8.8, 8.8]^2, to draw in; then it is written as a PNG."""
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    panel = figure.subplots()
+    panel.set(title=title, xlim=(-8.8, 8.8), ylim=(-8.8, 8.8), aspect="equal")
+    yield panel
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+
+
 @torch.no_grad()
 def show_field(score, title: str, path: Path) -> Tensor:
     """Draws the directions of a score on a grid over [-8, 8]^2, above the density; returns it there (441, 2)."""
@@ -59,27 +71,19 @@ def show_field(score, title: str, path: Path) -> Tensor:
     x = torch.cartesian_prod(axis, axis)[:, :, None, None]  # (441, 2, 1, 1)
     s = score(x).flatten(1)
     s_arrow = s / (1 + s.norm(dim=1, keepdim=True))  # long ones shortened, to see the directions of all
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    panel = figure.subplots()
-    panel.scatter(*draw_data(3000).flatten(1).T, s=2, color="#E69F00", alpha=0.4, linewidths=0)
-    panel.quiver(*x.flatten(1).T, *s_arrow.T, angles="xy", color="#0072B2", width=0.004)
-    panel.set(title=title, xlim=(-8.8, 8.8), ylim=(-8.8, 8.8), aspect="equal")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)
+    with square(title, path) as panel:
+        panel.scatter(*draw_data(3000).flatten(1).T, s=2, color="#E69F00", alpha=0.4, linewidths=0)
+        panel.quiver(*x.flatten(1).T, *s_arrow.T, angles="xy", color="#0072B2", width=0.004)
     return s
 
 
 def show_samples(x: Tensor, title: str, path: Path) -> float:
     """Draws points (B, 2, 1, 1); returns the share of them that belongs to the smaller part, which should be 0.2."""
     share = float((x.flatten(1).sum(1) < 0).float().mean())
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    panel = figure.subplots()
-    panel.scatter(*x[:3000].flatten(1).T, s=2, color="#0072B2", alpha=0.4, linewidths=0)
-    panel.text(-5, -8.4, f"{share:.1%}", ha="center", fontsize=16)
-    panel.text(5, -8.4, f"{1 - share:.1%}", ha="center", fontsize=16)
-    panel.set(title=title, xlim=(-8.8, 8.8), ylim=(-8.8, 8.8), aspect="equal")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)
+    with square(title, path) as panel:
+        panel.scatter(*x[:3000].flatten(1).T, s=2, color="#0072B2", alpha=0.4, linewidths=0)
+        panel.text(-5, -8.4, f"{share:.1%}", ha="center", fontsize=16)
+        panel.text(5, -8.4, f"{1 - share:.1%}", ha="center", fontsize=16)
     return share
 
 
