@@ -28,33 +28,7 @@ def load_checkpoint(path: str | Path, lesson: str, device="cpu", needs: tuple = 
     missing = [key for key in needs if key not in checkpoint]
     if missing:
         raise LessonError(f"{path} is of another version of {lesson}: it has no {missing[0]}")
-    return unpack(checkpoint)
-
-
-def pack(weights: dict) -> dict:
-    """The tensors of a state_dict, smaller: those of two or more dimensions as 8-bit integers, the others as they are.
-
-    Each output channel, weights[k], has a scale of its own: weights[k] is about int8[k] * scale[k], off by scale / 2 at
-    most, which is 1/254 of the channel's largest weight.
-    """
-
-    def small(w):
-        if w.ndim < 2:
-            return w.clone()
-        scale = w.abs().flatten(1).amax(1).clamp(min=1e-12) / 127  # (C_out,)
-        whole = (w / scale.view(-1, *[1] * (w.ndim - 1))).round().to(torch.int8)
-        return {"int8": whole, "scale": scale.clone()}
-
-    return {name: small(w) for name, w in weights.items()}
-
-
-def unpack(found):
-    """`found`, with every tensor that `pack` made smaller, however deep in it, as a float32 tensor again."""
-    if not isinstance(found, dict):
-        return found
-    if set(found) == {"int8", "scale"}:
-        return found["int8"] * found["scale"].view(-1, *[1] * (found["int8"].ndim - 1))
-    return {key: unpack(value) for key, value in found.items()}
+    return checkpoint
 
 
 def _read(path, device):

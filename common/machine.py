@@ -58,18 +58,19 @@ def choose_precision(name: str, device: torch.device, step) -> tuple[str, float]
 
 
 @torch.no_grad()
-def sampling_precision(name: str, trained: str, network, image_shape: tuple) -> str:
-    """The precision to sample in: `name`, or if that is "auto", the one of the training, `trained`.
+def sampling_precision(name: str, checkpoint: dict, network) -> str:
+    """The precision to sample in: `name`, or if that is "auto", the one of the checkpoint's training.
 
     Not whichever is faster by a little, which could change from one call to the next, and with it the picture of a
     seed; only where bfloat16 takes half as long again as float32, on a machine that has no unit for it, is it float32.
     """
     if name != "auto":
         return name
-    if trained != "bfloat16":
-        return trained
+    if checkpoint["config"]["precision"] != "bfloat16":
+        return checkpoint["config"]["precision"]
     device = network.sigmas.device
-    x, i = torch.zeros(32, *image_shape, device=device), torch.zeros(32, dtype=torch.long, device=device)
+    x = torch.zeros(32, *checkpoint["image_shape"], device=device)
+    i = torch.zeros(32, dtype=torch.long, device=device)
 
     def seconds(precision):
         with autocast(device, precision):

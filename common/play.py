@@ -75,6 +75,16 @@ def read_flags(description: str, samplers: tuple[str, ...]) -> Namespace:
     return options
 
 
+def langevin_steps(calls: int, L: int, more: int = 0) -> int:
+    """T, how many steps at each of L noise scales make, with `more` calls besides, at most `calls` network calls.
+
+    LessonError for less than one.
+    """
+    if calls < L + more:
+        raise LessonError(f"--calls {calls}: Langevin dynamics needs at least {L + more}, with {L} noise scales")
+    return (calls - more) // L
+
+
 def find_checkpoint(path: str | None, lesson: Path) -> Path:
     """The path if one is given, or output/checkpoint.pt if there is one, or the lesson's pretrained.pt."""
     if path:

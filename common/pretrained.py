@@ -3,8 +3,8 @@
     cd lesson_04_ncsnv2 && python train_mnist.py
     cd .. && python -m common.pretrained lesson_04_ncsnv2
 
-It keeps the weights that samples are drawn with, as 8-bit integers with a scale for each output channel, and the
-configuration; what only a training needs, the optimiser and its like, is left out.
+It keeps the weights that samples are drawn with, rounded to float16, and the configuration; what only a training needs,
+the optimiser and its like, is left out. The noise ladder stays in float32: a checkpoint's network is made for it.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import load_checkpoint, pack, save_checkpoint
+from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import run
 from common.errors import LessonError
 
@@ -28,7 +28,8 @@ def main() -> None:
     made = f"python train_mnist.py --seed {config['seed']}, {found['step']} steps, PyTorch {torch.__version__}"
     kept = {"image_shape": found["image_shape"], "step": found["step"], "config": config, "made": made}
     path = folder / "pretrained.pt"
-    save_checkpoint(path, folder.name, **kept, **{network: pack(found[network])})
+    weights = {name: w if name == "sigmas" else w.half() for name, w in found[network].items()}
+    save_checkpoint(path, folder.name, **kept, **{network: weights})
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 

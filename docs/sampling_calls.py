@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "sampling_calls.csv")
     options = parser.parse_args()
     network, checkpoint = load_network(options.checkpoint, choose_device("auto"))
-    precision = sampling_precision("auto", checkpoint["config"]["precision"], network, checkpoint["image_shape"])
+    precision = sampling_precision("auto", checkpoint, network)
     lines = list(csv.reader(options.csv.read_text().splitlines())) if options.csv.is_file() else [COLUMNS]
     there = {tuple(line[:3]) for line in lines}
     for sampler, calls in ((sampler, calls) for sampler, several in CALLS.items() for calls in several):

@@ -37,11 +37,11 @@ def main() -> None:
         network, checkpoint = load_network(options.path, choose_device("auto"))
         config, shape, L = checkpoint["config"], (options.num, *checkpoint["image_shape"]), len(network.sigmas)
         calls = options.calls or config["T"] * L
-        precision = sampling_precision("auto", config["precision"], network, checkpoint["image_shape"])
+        precision = sampling_precision("auto", checkpoint, network)
         print(f"step {checkpoint['step']}, {options.sampler}, {calls} network calls, {precision}")
         noise = SeededNoise(options.seed, options.num)
         with tqdm(total=options.num * calls, unit=" calls", unit_scale=True) as bar:
-            samples = draw(network, shape, noise, calls, config["epsilon"], precision, bar=bar)[-1].cpu()
+            samples = draw(network, shape, noise, calls, config, precision, bar=bar)[-1].cpu()
     if options.save:
         torch.save(samples, options.save)
     print_report(digit_report(samples.clamp(0, 1)))

@@ -61,3 +61,13 @@ def tweedie(score: Score, x: Tensor, sigmas: Tensor, i: Tensor) -> Tensor:
     Tweedie's formula. If the score is the true one, no guess of the clean image has a smaller mean squared error.
     """
     return x + sigmas[i][:, None, None, None] ** 2 * score(x, i)
+
+
+def langevin_step_size(sigmas: Tensor, T: int, known_T: int, known_epsilon: float) -> float:
+    """The epsilon > 0 for T steps at each scale, from one that was found by trying, for known_T steps (ours).
+
+    sigmas (L,). Fewer steps are as much longer, so that they get as far, but not longer than sigma_L^2, with which the
+    drift of one step goes half the way to the clean image. More steps are as long as the known ones.
+    """
+    longer = min(known_epsilon * known_T / T, float(sigmas[-1]) ** 2)
+    return max(known_epsilon, longer)

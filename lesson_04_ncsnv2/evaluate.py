@@ -37,7 +37,7 @@ def main() -> None:
         network, checkpoint = load_network(options.path, choose_device("auto"))
         config, shape, L = checkpoint["config"], (options.num, *checkpoint["image_shape"]), len(network.sigmas)
         calls = options.calls or (config["T"] * L + 1 if options.sampler == "langevin" else L + 1)
-        precision = sampling_precision("auto", config["precision"], network, checkpoint["image_shape"])
+        precision = sampling_precision("auto", checkpoint, network)
         print(f"step {checkpoint['step']}, {options.sampler}, {calls} network calls, {precision}")
         noise = SeededNoise(options.seed, options.num)
         with tqdm(total=options.num * calls, unit=" calls", unit_scale=True) as bar:

@@ -10,7 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that 
 
 from sampler import (
     annealed_langevin_dynamics,
+    choose_noise_scales,
     consistent_annealed_sampling,
+    consistent_step_size,
     denoise,
     inpaint,
     langevin_step_size,
@@ -23,7 +25,7 @@ from common.cli import run
 from common.errors import LessonError
 from common.images import check_finite
 from common.machine import choose_device, in_batches, sampling_precision
-from common.play import find_checkpoint, play, print_info, read_flags
+from common.play import find_checkpoint, langevin_steps, play, print_info, read_flags
 
 FOLDER = Path(__file__).resolve().parent
 LESSON = FOLDER.name
@@ -42,16 +44,6 @@ def load_network(path: str | Path, device: torch.device) -> tuple[ScoreNetwork, 
     return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
-def langevin_steps(calls: int, L: int) -> int:
-    """T, how many steps at each of L noise scales make, with the last denoising step, at most `calls` network calls.
-
-    LessonError for less than one.
-    """
-    if calls < L + 1:
-        raise LessonError(f"--calls {calls}: Langevin dynamics needs at least {L + 1}, one for each scale and one more")
-    return (calls - 1) // L
-
-
 @torch.no_grad()
 def draw(network, shape: tuple, noise, sampler: str, calls: int, precision: str, stop=(), bar=None) -> list[Tensor]:
     """Images of `shape` (N, C, H, W) after each noise scale and, last, denoised; ends early if `stop` becomes true.
@@ -59,18 +51,17 @@ def draw(network, shape: tuple, noise, sampler: str, calls: int, precision: str,
     noise(x): normal noise like x, as from common.noise; calls: network calls for each image; `bar` is told of each.
     With fewer calls than noise scales, consistent sampling takes some of the scales only, evenly chosen.
     """
-    sigmas, frames, L = network.sigmas, [], len(network.sigmas)
+    sigmas, frames = network.sigmas, []
     score = in_batches(network, precision, sigmas.device, bar)
     x = sigmas[0] * noise(torch.empty(shape, device=sigmas.device))
     if sampler == "langevin":
-        T = langevin_steps(calls, L)
+        T = langevin_steps(calls, len(sigmas), 1)
         steps = annealed_langevin_dynamics(score, x, sigmas, T, langevin_step_size(sigmas, T), noise)
     elif calls < 3:
         raise LessonError(f"--calls {calls}: consistent sampling needs at least 3, two noise scales and one to denoise")
     else:
-        some = torch.linspace(0, L - 1, min(L, calls - 1), device=sigmas.device).round().long()
-        eta = max(ETA, 1 - float((sigmas[some][1:] / sigmas[some][:-1]).min()))
-        epsilon, T = eta * float(sigmas[-1]) ** 2, (calls - 1) // len(some)
+        some = choose_noise_scales(sigmas, calls - 1)
+        epsilon, T = consistent_step_size(sigmas[some], ETA), (calls - 1) // len(some)
         steps = consistent_annealed_sampling(lambda x, i: score(x, some[i]), x, sigmas[some], T, epsilon, noise)
     for frame in steps:
         frames.append(frame)
@@ -90,16 +81,14 @@ def main() -> None:
     sigmas = network.sigmas
     T = checkpoint["config"]["T"] if options.sampler == "langevin" else 1
     calls = options.calls or T * len(sigmas) + 1
-    precision = sampling_precision(
-        options.precision, checkpoint["config"]["precision"], network, checkpoint["image_shape"]
-    )
+    precision = sampling_precision(options.precision, checkpoint, network)
 
     def sample(shape, noise, bar):
         return draw(network, shape, noise, options.sampler, calls, precision, bar=bar)
 
     def fill_in(y, known, noise, bar):
         score, start = in_batches(network, precision, device, bar), sigmas[0] * noise(y)
-        T = langevin_steps(calls, len(sigmas))
+        T = langevin_steps(calls, len(sigmas), 1)
         *_, x = inpaint(score, y, known, start, sigmas, T, langevin_step_size(sigmas, T), noise)
         return denoise(score, x, sigmas) * (1 - known) + y * known
 

@@ -101,7 +101,6 @@ FLAGS_OF_LESSON_3 = [
     ("--sigma-1 0.005", 1, "--sigma-L must lie between"),  # below sigma_L
     ("--epsilon 0", 1, "--epsilon must be greater than zero"),
     ("--epsilon nan", 1, "--epsilon must be greater than zero"),
-    ("--preview-T -1", 1, "--preview-T must "),
 ]
 FLAGS_OF_LESSON_4 = [
     ("--L 10", 2, "unrecognized arguments: --L 10"),  # it is computed
