@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 import shlex
 import signal
@@ -108,7 +109,12 @@ class StopRequest:
 def run(main):
     """Calls `main()`. A LessonError becomes one line on standard error and exit status 1; so does a full memory."""
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:  # who reads what is printed, `| head` perhaps, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except LessonError as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:

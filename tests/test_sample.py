@@ -112,6 +112,16 @@ def test_info(lesson):
         assert re.search(rf"{name} +{getattr(script(lesson.name).Config(), name)}\n", text)
 
 
+def test_info_may_be_read_in_part(lesson):
+    """`python sample.py --info | head -1`: the reader is gone before the rest is printed."""
+    command = [sys.executable, "-u", "sample.py", "--info", "--checkpoint", "pretrained.pt"]
+    process = subprocess.Popen(
+        command, cwd=ROOT / lesson.name, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
+
+
 # Plain samples
 
 
