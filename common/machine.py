@@ -66,8 +66,9 @@ def sampling_precision(name: str, checkpoint: dict, network) -> str:
     """
     if name != "auto":
         return name
-    if checkpoint["config"]["precision"] != "bfloat16":
-        return checkpoint["config"]["precision"]
+    trained = checkpoint["config"]["precision"]
+    if trained != "bfloat16":
+        return trained
     device = network.sigmas.device
     x = torch.zeros(32, *checkpoint["image_shape"], device=device)
     i = torch.zeros(32, dtype=torch.long, device=device)

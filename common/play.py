@@ -85,6 +85,11 @@ def langevin_steps(calls: int, L: int, more: int = 0) -> int:
     return (calls - more) // L
 
 
+def choose_noise_scales(sigmas: Tensor, n: int) -> Tensor:
+    """Indices (n,) long of n >= 2 of the noise scales, evenly chosen, from sigma_1 to sigma_L; all if n is larger."""
+    return torch.linspace(0, len(sigmas) - 1, min(n, len(sigmas)), device=sigmas.device).round().long()
+
+
 def find_checkpoint(path: str | None, lesson: Path) -> Path:
     """The path if one is given, or output/checkpoint.pt if there is one, or the lesson's pretrained.pt."""
     if path:
@@ -219,7 +224,7 @@ def show_nearest(samples: Tensor, train: Tensor, test: Tensor, path: str) -> Non
 
 def show_denoising(y: Tensor, z: Tensor, sigmas: Tensor, guess: Callable, path: str) -> Tensor:
     """Writes y + sigma z at SIGMAS noise scales and, below, what the network believes was there; returns that."""
-    some = torch.linspace(0, len(sigmas) - 1, min(SIGMAS, len(sigmas)), device=sigmas.device).round().long().flip(0)
+    some = choose_noise_scales(sigmas, SIGMAS).flip(0)
     noisy = [y + sigmas[i] * z for i in some]
     guesses = [guess(x, i.expand(len(x))) for x, i in zip(noisy, some)]
     check_finite(torch.cat(guesses))

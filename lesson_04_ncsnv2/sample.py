@@ -10,12 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that 
 
 from sampler import (
     annealed_langevin_dynamics,
-    choose_noise_scales,
     consistent_annealed_sampling,
-    consistent_step_size,
     denoise,
     inpaint,
     langevin_step_size,
+    smallest_eta,
     tweedie,
 )
 from score_network import ScoreNetwork
@@ -25,7 +24,7 @@ from common.cli import run
 from common.errors import LessonError
 from common.images import check_finite
 from common.machine import choose_device, in_batches, sampling_precision
-from common.play import find_checkpoint, langevin_steps, play, print_info, read_flags
+from common.play import choose_noise_scales, find_checkpoint, langevin_steps, play, print_info, read_flags
 
 FOLDER = Path(__file__).resolve().parent
 LESSON = FOLDER.name
@@ -61,7 +60,8 @@ def draw(network, shape: tuple, noise, sampler: str, calls: int, precision: str,
         raise LessonError(f"--calls {calls}: consistent sampling needs at least 3, two noise scales and one to denoise")
     else:
         some = choose_noise_scales(sigmas, calls - 1)
-        epsilon, T = consistent_step_size(sigmas[some], ETA), (calls - 1) // len(some)
+        epsilon = max(ETA, smallest_eta(sigmas[some])) * float(sigmas[-1]) ** 2
+        T = (calls - 1) // len(some)
         steps = consistent_annealed_sampling(lambda x, i: score(x, some[i]), x, sigmas[some], T, epsilon, noise)
     for frame in steps:
         frames.append(frame)

@@ -94,14 +94,9 @@ def denoise(score: Score, x: Tensor, sigmas: Tensor) -> Tensor:
     return tweedie(score, x, sigmas, torch.full((len(x),), len(sigmas) - 1, device=x.device))
 
 
-def choose_noise_scales(sigmas: Tensor, n: int) -> Tensor:
-    """Indices (n,) long of n >= 2 of the noise scales, evenly chosen, from sigma_1 to sigma_L; all if n is larger."""
-    return torch.linspace(0, len(sigmas) - 1, min(n, len(sigmas)), device=sigmas.device).round().long()
-
-
-def consistent_step_size(sigmas: Tensor, eta: float) -> float:
-    """epsilon = eta sigma_L^2 for consistent annealed sampling, or the least that the ladder sigmas (L,) allows."""
-    return max(eta, 1 - float((sigmas[1:] / sigmas[:-1]).min())) * float(sigmas[-1]) ** 2
+def smallest_eta(sigmas: Tensor) -> float:
+    """1 - 1 / gamma, the smallest eta of consistent annealed sampling on the ladder sigmas (L,)."""
+    return 1 - float((sigmas[1:] / sigmas[:-1]).min())
 
 
 @torch.no_grad()
@@ -116,7 +111,7 @@ def consistent_annealed_sampling(
     sigma_{i+1}. Noise can be added but not taken back, so 1 - 1 / gamma <= eta <= 1; ValueError otherwise.
     """
     eta = epsilon / float(sigmas[-1]) ** 2
-    lowest = consistent_step_size(sigmas, 0) / float(sigmas[-1]) ** 2
+    lowest = smallest_eta(sigmas)
     if not lowest - 1e-6 <= eta <= 1:
         raise ValueError(f"epsilon / sigma_L^2 must lie between {lowest:.4f} and 1 on this ladder, not {eta:.4f}")
     for n, sigma_i in enumerate(sigmas):

@@ -192,11 +192,10 @@ def test_calls_decide_how_often_the_network_is_called(lesson):
 def test_fewer_langevin_steps_are_as_much_longer():
     """Lesson 3's T = 100 and epsilon = 2e-5: half the steps of twice the length, and none longer than sigma_L^2."""
     sigmas = geometric_noise_scales(1, 0.01, 10)
-    sizes = {T: lesson_03_ncsn.sampler.langevin_step_size(sigmas, T, 100, 2e-5) for T in (400, 100, 50, 20, 5)}
+    step_size = lesson_03_ncsn.sampler.langevin_step_size
+    sizes = {T: step_size(sigmas, T, 100, 2e-5) for T in (400, 100, 50, 20, 5)}
     assert sizes == pytest.approx({400: 2e-5, 100: 2e-5, 50: 4e-5, 20: 1e-4, 5: 1e-4})
-    assert (
-        lesson_03_ncsn.sampler.langevin_step_size(sigmas, 10, 100, 3e-4) == 3e-4
-    )  # a step that was asked for is not shortened
+    assert step_size(sigmas, 10, 100, 3e-4) == 3e-4  # a step that was asked for is not shortened
 
 
 def test_the_default_number_of_calls(tmp_path):
