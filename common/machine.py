@@ -1,103 +1,93 @@
 """What to run on, and in which precision: chosen by what the machine does faster, never by its name."""
 
-import contextlib
+import functools
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from common.errors import LessonError
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "float32", "bfloat16")
+CLEARLY = 1.25  # times as fast: so far from 1 that two timings on one machine come to the same choice
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device for a name in DEVICES; "auto" takes CUDA, then MPS, then the CPU. LessonError if absent."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(n for n in ("cuda", "mps", "cpu") if available[n])
-    if name not in available:
-        raise LessonError(f"--device {name}: choose one of {', '.join(DEVICES)}")
+def choose_device(name: str = "auto") -> torch.device:
+    """The torch device for "cpu", "cuda", "mps", or "auto": CUDA, then MPS, then the CPU. LessonError if absent."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(n for n in available if available[n]) if name == "auto" else name
     if not available[name]:
         raise LessonError(f"--device {name}: this machine or this build of PyTorch has none; try --device auto")
     return torch.device(name)
 
 
-def autocast(device: torch.device, precision: str):
-    """The context in which a network runs: bfloat16 autocast, or none for float32."""
-    if precision == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was told."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
 
 
-def seconds_per_step(step, device: torch.device, repeats: int = 3) -> float:
-    """The least wall time of `repeats` calls of `step()`, after one that is not counted."""
-    times = []
-    for _ in range(1 + repeats):
-        begin = time.perf_counter()
-        step()
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize()
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a network runs in "bfloat16" or "float32"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def choose_precision(name: str, device: torch.device, step) -> tuple[str, float]:
-    """The precision to train in, and the seconds that one `step(precision)` takes in it.
+@functools.cache
+def bfloat16_speedup(device: torch.device) -> float:
+    """How many times as fast as in float32 a matrix product is in bfloat16: the least of six times of each.
 
-    "auto" times both and takes the faster. LessonError for a name that is not in PRECISIONS.
+    The products are those of a convolution of 64 channels; 0 where bfloat16 does not work, as on an older macOS.
     """
-    if name not in PRECISIONS:
-        raise LessonError(f"--precision {name}: choose one of {', '.join(PRECISIONS)}")
-    names = PRECISIONS[1:] if name == "auto" else (name,)
-    seconds = {name: seconds_per_step(lambda: step(name), device) for name in names}  # noqa: B023
-    fastest = min(seconds, key=seconds.get)
-    return fastest, seconds[fastest]
+    best = {}
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.ones(8 if device.type == "cpu" else 1024, 256, 576, dtype=dtype, device=device)
+            times = []
+            for _ in range(7):
+                begin = time.perf_counter()
+                a @ a[0, :64].mT
+                synchronize(device)
+                times.append(time.perf_counter() - begin)
+            best[dtype] = min(times[1:])
+    except (RuntimeError, TypeError):
+        return 0.0
+    return best[torch.float32] / best[torch.bfloat16]
 
 
-@torch.no_grad()
-def sampling_precision(name: str, checkpoint: dict, network) -> str:
-    """The precision to sample in: `name`, or if that is "auto", the one of the checkpoint's training.
-
-    Not whichever is faster by a little, which could change from one call to the next, and with it the picture of a
-    seed; only where bfloat16 takes half as long again as float32, on a machine that has no unit for it, is it float32.
-    """
+def training_precision(name: str, device: torch.device) -> str:
+    """The precision to train in: `name`, or if that is "auto", bfloat16 where it is clearly faster."""
     if name != "auto":
         return name
-    trained = checkpoint["config"]["precision"]
-    if trained != "bfloat16":
-        return trained
-    device = network.sigmas.device
-    x = torch.zeros(32, *checkpoint["image_shape"], device=device)
-    i = torch.zeros(32, dtype=torch.long, device=device)
-
-    def seconds(precision):
-        with autocast(device, precision):
-            return seconds_per_step(lambda: network(x, i), device)
-
-    return "float32" if seconds("bfloat16") > 1.5 * seconds("float32") else "bfloat16"
+    return "bfloat16" if bfloat16_speedup(device) > CLEARLY else "float32"
 
 
-def steps_in(minutes: float, seconds: float) -> int:
-    """How many training steps of `seconds` fit into `minutes`, if an eighth goes to start-up and pictures."""
-    return max(1, int(minutes * 60 * 7 / 8 / seconds))
+def sampling_precision(name: str, trained: str, device: torch.device) -> str:
+    """The precision to sample in: `name`, or if that is "auto", that of the training, so that a seed keeps its picture.
+
+    Only where bfloat16 is clearly slower than float32, on a machine without a unit for it, is it float32.
+    """
+    if name == "auto" and trained == "bfloat16" and bfloat16_speedup(device) < 1 / CLEARLY:
+        return "float32"
+    return trained if name == "auto" else name
 
 
-def in_batches(network, precision: str, device: torch.device, bar=None, batch_size: int = 100) -> Callable:
-    """The network as a function (x, i) -> score that runs at most `batch_size` images at once, in `precision`.
+class InBatches:
+    """A network to sample with: it takes any number of images, runs at most 100 at once, in `precision`.
 
+    Called as the network is, with x (N, C, H, W) and the noise level of each (N,); its attributes are the network's.
     `bar`, if there is one, is told how many images each call took.
     """
 
-    def score(x: Tensor, i: Tensor) -> Tensor:
+    def __init__(self, network: torch.nn.Module, precision: str, bar=None, batch_size: int = 100):
+        self.network, self.precision, self.bar, self.batch_size = network, precision, bar, batch_size
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         parts = []
-        with autocast(device, precision):
-            for a, b in zip(x.split(batch_size), i.split(batch_size)):
-                parts.append(network(a, b))
-                if bar is not None:
-                    bar.update(len(a))
+        for a, b in zip(x.split(self.batch_size), level.split(self.batch_size), strict=True):
+            with autocast(x.device, self.precision):
+                parts.append(self.network(a, b))
+            if self.bar is not None:
+                self.bar.update(len(a))
         return torch.cat(parts)
 
-    return score
+    def __getattr__(self, name):
+        return getattr(self.network, name)

@@ -164,8 +164,8 @@ class ScoreNetwork(nn.Module):
         self.norm = InstanceNormPlusPlus(W, len(sigmas))
         self.last = conv3x3(W, channels * patch**2)
         with torch.no_grad():  # ours: a score is about 1 / sigma large, and gamma would take long to grow to that
-            self.norm.gamma /= sigmas[:, None]
-            self.norm.alpha /= sigmas[:, None]
+            for weights in (self.norm.gamma, self.norm.alpha):
+                weights /= sigmas.to(weights.device)[:, None]
 
     def forward(self, x: Tensor, i: Tensor) -> Tensor:
         """x (B, C, H, W) noisy images, i (B,) long, 0 for sigma_1; returns the score (B, C, H, W), float32."""

@@ -1,0 +1,148 @@
+"""Devices that no test machine has. Fake tensors know their device and compute nothing, so they find what would meet a
+tensor of another device on a GPU; and a run in which no tensor of the device becomes float64, which MPS does not have.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from common.machine import InBatches
+from common.noise import SeededNoise, noise_like
+from common.optimizer import Optimizer
+from tests.running import quick, read_checkpoint, run_here, script
+
+CUDA = torch.device("cuda")
+ENOUGH = 2.0  # what a number on the device is taken for where the code asks for it
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Tensors on a GPU that is not there. What they hold is not known, so each number that is asked for is ENOUGH."""
+    for name in ("__float__", "item"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self: ENOUGH)
+    for name in ("__int__", "__bool__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self: 1)
+    with FakeTensorMode():
+        yield
+
+
+def on_the_gpu(tensor):
+    assert tensor.device.type == "cuda" and tensor.dtype != torch.float64
+    return tensor
+
+
+def a_network(lesson, channels=1, **changes):
+    """The lesson's network, made as train() makes it: on the CPU, of noise scales that are on the device."""
+    config = script(lesson.name).Config(width=8, **changes)
+    sigmas = torch.empty(6, device=CUDA)
+    network = script(lesson.name, "sample").make_network(config, channels, {"sigmas": sigmas})
+    for module in network.modules():  # what network.to(CUDA) does; it cannot do it with fake tensors
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape, device=CUDA))
+    assert network.sigmas.device.type == "cuda"
+    return network, config
+
+
+def noisy(channels=1):
+    return torch.empty(4, channels, 28, 28, device=CUDA), torch.zeros(4, dtype=torch.long, device=CUDA)
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch": 1, "blocks": 2, "activation": "elu", "skip": False}])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_training_step(lesson, fake, changes, channels, optimizer, monkeypatch):
+    monkeypatch.setattr("common.optimizer.bfloat16_speedup", lambda device: 2.0)
+    network, config = a_network(lesson, channels, **changes)
+    train_mnist, (x, _) = script(lesson.name), noisy(channels)
+    for parameter in network.parameters():
+        on_the_gpu(parameter)
+    i = on_the_gpu(train_mnist.draw_noise_scales(4, network.sigmas, 1.0, None))
+    z = on_the_gpu(noise_like(x))
+    loss = on_the_gpu(lesson.loss.denoising_score_matching_loss(network, x, network.sigmas, i, z))
+    on_the_gpu(loss.mean())
+    for parameter in network.parameters():  # autograd itself would ask the GPU
+        parameter.grad = torch.empty_like(parameter)
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=False)
+    step = Optimizer(network, optimizer)
+    for group in step.adam.param_groups:
+        group["fused"] = False  # a kernel of its own, which fake tensors have no picture of
+    step.step(1e-3)
+    if hasattr(train_mnist, "update_ema"):
+        train_mnist.update_ema(network, network, 1, 0.9)
+
+
+def test_each_sampler(lesson, fake, monkeypatch):
+    module = script(lesson.name, "sample")
+    if hasattr(module, "smallest_eta"):
+        monkeypatch.setattr(module, "smallest_eta", lambda sigmas: 0.1)
+        monkeypatch.setattr(lesson.sampler, "smallest_eta", lambda sigmas: 0.1)
+        monkeypatch.setattr(script(lesson.name, "sample"), "ETA", 0.5)
+    network, config = a_network(lesson)
+    batched = InBatches(network, "float32", batch_size=3)
+    for sampler in module.SAMPLERS:
+        frames = list(module.draw(batched, config, (4, 1, 28, 28), SeededNoise(range(4)), sampler, 7))
+        assert len(frames) >= 6
+        for frame in frames:
+            on_the_gpu(frame)
+
+
+def test_inpainting_and_denoising(lesson, fake):
+    module, (network, config), (x, _) = script(lesson.name, "sample"), a_network(lesson), noisy()
+    known = torch.empty(1, 1, 28, 28, device=CUDA)
+    on_the_gpu(module.fill_in(network, config, x, known, SeededNoise(range(4)), 7))
+    for tensor in module.noise_and_guess(network, config, x, torch.empty_like(x), 2):
+        on_the_gpu(tensor)
+
+
+def test_fake_tensors_find_what_is_on_two_devices(fake):
+    with pytest.raises(RuntimeError, match="device"):
+        torch.empty(3, device=CUDA) + torch.empty(3)
+
+
+def test_no_tensor_of_the_device_becomes_float64(lesson, tmp_path, monkeypatch):
+    """MPS has no float64. Here the CPU is the device, and only what `.cpu()` returned may become float64."""
+    double, cpu, to, on_the_cpu = torch.Tensor.double, torch.Tensor.cpu, torch.Tensor.to, {}
+
+    def remembered(self):
+        copy = cpu(self).clone()
+        on_the_cpu[id(copy)] = copy
+        return copy
+
+    def refuse(self):
+        assert id(self) in on_the_cpu, "a tensor of the device becomes float64"
+        return double(self)
+
+    def refuse_to(self, *arguments, **options):
+        assert torch.float64 not in (*arguments, *options.values()), "a tensor of the device becomes float64"
+        return to(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", remembered)
+    monkeypatch.setattr(torch.Tensor, "double", refuse)
+    monkeypatch.setattr(torch.Tensor, "to", refuse_to)
+    result = quick(lesson.name, "--steps", 10, "--preview-every", 5, "--output", tmp_path)
+    assert result.status == 0, result.stderr
+    flags = ("--checkpoint", tmp_path / "checkpoint.pt", "--num", 2, "--output", tmp_path / "x.png")
+    for verb in ((), ("--inpaint", "left"), ("--denoise",), ("--interpolate",)):
+        assert run_here(lesson.name, *flags, *verb, name="sample").status == 0
+
+
+def test_a_run_goes_on_on_another_kind_of_device(lesson, tmp_path):
+    """A generator's state has another size there: random numbers come anew from seed and step, and a line says so."""
+    assert quick(lesson.name, "--seed", 5, "--output", tmp_path).status == 0
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint["device"] == "cpu"
+    checkpoint |= {"device": "cuda", "generator": torch.zeros(16, dtype=torch.uint8)}
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    resumed = run_here(lesson.name, "--resume", "--steps", 6, "--output", tmp_path)
+    assert resumed.status == 0, resumed.stderr
+    line = "the run was on cuda: it goes on with other random numbers, from seed and step\n"
+    assert resumed.stdout.count(line) == 1
+    generator = torch.Generator().manual_seed(5 + 1_000_003 * 5)
+    x = torch.randint(1000, (16,), generator=generator), torch.zeros(16, 1, 28, 28)
+    if lesson.name == "lesson_03_ncsn":
+        torch.rand(x[1].shape, generator=generator)
+    torch.rand(1, generator=generator), torch.randn(x[1].shape, generator=generator)
+    again = read_checkpoint(tmp_path)
+    assert again["device"] == "cpu" and again["step"] == 6
+    assert torch.equal(again["generator"], generator.get_state())
