@@ -3,47 +3,74 @@
 import torch
 from torch import Tensor, nn
 
-OPTIMIZERS = ("adam", "muon")
+from common.machine import CLEARLY, bfloat16_speedup
+
+MOMENTUM = 0.95
 
 
 class Optimizer:
     """Adam for all parameters of a network, or, as "muon", Muon for its convolutions and Adam for the rest.
 
     Muon (Jordan et al. 2024, github.com/KellerJordan/Muon) makes each update of a weight matrix orthogonal, so that
-    all directions of the matrix learn equally fast, not only the few that dominate the gradient. PyTorch's takes
-    matrices only: it is given the weights of a convolution, (C_out, C_in, 3, 3), as (C_out, 9 C_in) in the same memory.
-    The network's weights must be in channels_last order, and must not be moved afterwards.
+    all directions of the matrix learn equally fast, not only the few that dominate the gradient. The weights of a
+    convolution, (C_out, C_in, 3, 3), are a matrix of C_out rows. PyTorch has a Muon too, which always computes in
+    bfloat16, one matrix at a time; this one takes all matrices of a shape at once, in the faster of two precisions.
     """
 
-    def __init__(self, network: nn.Module, name: str, fused: bool):
+    def __init__(self, network: nn.Module, name: str):
         convolutions = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)] if name == "muon" else []
-        self.kernels = [w for w in convolutions if min(w.shape[:2]) > 4]  # not those from and to pixels: too narrow
-        self.matrices = [nn.Parameter(_as_matrix(w.data)) for w in self.kernels]
-        kernel_ids = {id(w) for w in self.kernels}
-        self.parts = [torch.optim.Adam((p for p in network.parameters() if id(p) not in kernel_ids), fused=fused)]
-        if self.matrices:  # match_rms_adamw: updates as large as Adam's, so that both can share a learning rate
-            self.parts.append(torch.optim.Muon(self.matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        self.groups = {}  # {shape: weights}
+        for w in convolutions:
+            if min(w.shape[:2]) > 4:  # not those from and to pixels: too narrow
+                self.groups.setdefault(w.shape, []).append(w)
+        self.momentum = [torch.zeros(len(ws), ws[0].shape[0], ws[0][0].numel(), device=ws[0].device)
+                         for ws in self.groups.values()]  # fmt: skip
+        kernels = {id(w) for ws in self.groups.values() for w in ws}
+        rest = [p for p in network.parameters() if id(p) not in kernels]
+        device = rest[0].device
+        self.adam = torch.optim.Adam(rest, fused=device.type != "mps")
+        fast = name == "muon" and bfloat16_speedup(device) > CLEARLY
+        self.dtype = torch.bfloat16 if fast else torch.float32
 
+    @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Takes a step with the gradients of the network's parameters, and clears them."""
-        for matrix, kernel in zip(self.matrices, self.kernels):
-            matrix.grad = _as_matrix(kernel.grad)
-            kernel.grad = None
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = learning_rate
-            part.step()
-            part.zero_grad()
+        for weights, momentum in zip(self.groups.values(), self.momentum, strict=True):
+            gradient = torch.stack([w.grad for w in weights]).flatten(2)  # (n, C_out, C_in h w)
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            update = orthogonal(gradient.lerp(momentum, MOMENTUM).to(self.dtype))  # Nesterov's momentum
+            size = 0.2 * max(update.shape[1:]) ** 0.5  # as large as Adam's, so that both can share a learning rate
+            for w, u in zip(weights, update, strict=True):
+                w.sub_(u.reshape(w.shape), alpha=learning_rate * size)
+                w.grad = None
+        self.adam.param_groups[0]["lr"] = learning_rate
+        self.adam.step()
+        self.adam.zero_grad()
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of the optimiser."""
-        return {"parts": [part.state_dict() for part in self.parts]}
+        return {"momentum": self.momentum, "adam": self.adam.state_dict()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from what `state_dict` returned."""
-        for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
+        """Goes on from what `state_dict` returned. ValueError if it is of other weights."""
+        for mine, saved in zip(self.momentum, state["momentum"], strict=True):
+            if mine.shape != saved.shape:
+                raise ValueError(f"momentum of {tuple(saved.shape)} for weights of {tuple(mine.shape)}")
+            mine.copy_(saved)
+        self.adam.load_state_dict(state["adam"])
 
 
-def _as_matrix(kernel: Tensor) -> Tensor:
-    return kernel.permute(0, 2, 3, 1).flatten(1)  # (C_out, C_in, h, w) -> (C_out, h w C_in)
+def orthogonal(x: Tensor) -> Tensor:
+    """About U V^T of each matrix x = U S V^T, x (n, rows, columns): five Newton-Schulz steps (Jordan et al. 2024).
+
+    They leave singular values near 1, between 0.6 and 1.3, which does as well in an update.
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        y = x @ x.mT
+        y = torch.baddbmm(y, y, y, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, y, x, beta=3.4445)
+    return x

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from common.optimizer import Optimizer
+from common.optimizer import Optimizer, orthogonal
 
 
-def a_network(lesson, **options):
-    network = lesson.score_network.ScoreNetwork(lesson.noise_scales.geometric_noise_scales(1, 0.1, 4), 1, 8, **options)
+def a_network(lesson, width=8, **options):
+    sigmas = lesson.noise_scales.geometric_noise_scales(1, 0.1, 4)
+    network = lesson.score_network.ScoreNetwork(sigmas, 1, width, **options)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -22,7 +23,7 @@ def gradients(network, seed):
 def test_adam_is_torchs(lesson):
     ours = a_network(lesson)
     theirs = copy.deepcopy(ours)
-    optimizer, reference = Optimizer(ours, "adam", fused=True), torch.optim.Adam(theirs.parameters(), lr=1e-3)
+    optimizer, reference = Optimizer(ours, "adam"), torch.optim.Adam(theirs.parameters(), lr=1e-3)
     for seed in range(3):
         gradients(ours, seed), gradients(theirs, seed)
         optimizer.step(1e-3), reference.step()
@@ -30,22 +31,78 @@ def test_adam_is_torchs(lesson):
         torch.testing.assert_close(a, b)
 
 
-def test_muon_makes_the_update_of_a_convolution_orthogonal(lesson):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_is_torchs(lesson, dtype):
+    """Three steps, against PyTorch's own, which is given each convolution as a matrix and computes in bfloat16."""
     network = a_network(lesson)
-    before = network.stages[0][0].conv1.weight.detach().clone()
-    optimizer = Optimizer(network, "muon", fused=True)
-    gradients(network, 0)
-    optimizer.step(1.0)
-    update = (network.stages[0][0].conv1.weight.detach() - before).permute(0, 2, 3, 1).flatten(1)
-    singular_values = torch.linalg.svdvals(update / (0.2 * max(update.shape) ** 0.5))  # match_rms_adamw
-    assert singular_values.min() > 0.6 and singular_values.max() < 1.3  # Newton-Schulz stops near 1
+    before = copy.deepcopy(network.state_dict())
+    optimizer = Optimizer(network, "muon")
+    optimizer.dtype = dtype
+    kernels = {name: p for name, p in network.named_parameters() if p.ndim == 4 and min(p.shape[:2]) > 4}
+    matrices = {name: torch.nn.Parameter(p.detach().flatten(1)) for name, p in kernels.items()}
+    theirs = torch.optim.Muon(matrices.values(), lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for seed in range(3):
+        gradients(network, seed)
+        for name, matrix in matrices.items():
+            matrix.grad = kernels[name].grad.flatten(1)
+        optimizer.step(0.01), theirs.step()
+    assert sum(len(weights) for weights in optimizer.groups.values()) == len(kernels) > 30
+    for name, matrix in matrices.items():
+        a, b = kernels[name].detach().flatten(1) - before[name].flatten(1), matrix.detach() - before[name].flatten(1)
+        assert (a - b).norm() < 0.03 * b.norm(), name
+
+
+def test_the_narrow_convolutions_from_and_to_pixels_are_adams(lesson):
+    network = a_network(lesson)
+    theirs = copy.deepcopy(network)
+    optimizer, reference = Optimizer(network, "muon"), torch.optim.Adam(theirs.parameters(), lr=1e-3)
+    gradients(network, 0), gradients(theirs, 0)
+    optimizer.step(1e-3), reference.step()
+    torch.testing.assert_close(network.first.weight, theirs.first.weight)
+    torch.testing.assert_close(network.norm.gamma, theirs.norm.gamma)
+    assert not torch.allclose(network.stages[0][0].conv1.weight, theirs.stages[0][0].conv1.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 72), (2, 72, 8), (1, 16, 16)])
+def test_orthogonal_keeps_the_directions_and_evens_out_their_sizes(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, S, V = torch.linalg.svd(x, full_matrices=False)
+    made = U.mT @ orthogonal(x) @ V.mT  # diagonal, if the directions are kept
+    values = torch.diagonal(made, dim1=1, dim2=2)
+    torch.testing.assert_close(made, torch.diag_embed(values), rtol=0, atol=1e-4)
+    assert 0.5 < values.min() and values.max() < 1.3  # Newton-Schulz stops near 1
+
+
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_the_layout_of_the_weights_does_not_matter(lesson, name):
+    one = a_network(lesson)
+    other = copy.deepcopy(one).to(memory_format=torch.contiguous_format)
+    assert not one.stages[0][0].conv1.weight.is_contiguous() and other.stages[0][0].conv1.weight.is_contiguous()
+    a, b = Optimizer(one, name), Optimizer(other, name)
+    for seed in range(2):
+        gradients(one, seed), gradients(other, seed)
+        a.step(1e-2), b.step(1e-2)
+    for (key, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=key)
+
+
+def test_muon_computes_in_what_is_faster_here(lesson, monkeypatch):
+    for speedup, dtype in ((0.3, torch.float32), (1.1, torch.float32), (2.0, torch.bfloat16)):
+        monkeypatch.setattr("common.optimizer.bfloat16_speedup", lambda device, speedup=speedup: speedup)
+        assert Optimizer(a_network(lesson), "muon").dtype == dtype
+
+
+def test_momentum_of_other_weights_is_refused(lesson):
+    ours, wider = (Optimizer(a_network(lesson, width=width), "muon") for width in (8, 10))
+    with pytest.raises(ValueError):
+        ours.load_state_dict(wider.state_dict())
 
 
 @pytest.mark.parametrize("name", ["adam", "muon"])
 def test_every_parameter_is_updated_and_gradients_are_cleared(lesson, name):
     network = a_network(lesson)
     before = copy.deepcopy(network.state_dict())
-    optimizer = Optimizer(network, name, fused=True)
+    optimizer = Optimizer(network, name)
     gradients(network, 0)
     optimizer.step(1e-2)
     for key, parameter in network.named_parameters():
@@ -57,12 +114,12 @@ def test_every_parameter_is_updated_and_gradients_are_cleared(lesson, name):
 def test_state_goes_on_exactly(lesson, name):
     straight = a_network(lesson)
     stopped = copy.deepcopy(straight)
-    a, b = Optimizer(straight, name, fused=True), Optimizer(stopped, name, fused=True)
+    a, b = Optimizer(straight, name), Optimizer(stopped, name)
     for seed in range(2):
         gradients(straight, seed), a.step(1e-3)
         gradients(stopped, seed), b.step(1e-3)
     resumed = copy.deepcopy(stopped)
-    c = Optimizer(resumed, name, fused=True)
+    c = Optimizer(resumed, name)
     c.load_state_dict(copy.deepcopy(b.state_dict()))
     gradients(straight, 2), a.step(1e-3)
     gradients(resumed, 2), c.step(1e-3)
