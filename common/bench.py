@@ -1,112 +1,103 @@
-"""How fast is this machine? `python -m common.bench` (or `make bench`) times lesson 4, and says on what.
+"""How fast is this machine? `python -m common.bench` (or `make bench`) times a lesson's own training loop and sampler.
 
-Everything that is compared runs in turn, round after round, in one process, and the median of the rounds is printed.
+The lesson run and the paper's network, in both precisions, run in turn, round after round, in one process; the median
+of the rounds is printed. A step is all that train_mnist.py does in it: data, loss, gradients, clipping, optimiser, EMA.
 """
 
+import argparse
+import dataclasses
+import importlib
 import platform
-import re
-import resource
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 
-LESSON = Path(__file__).resolve().parents[1] / "lesson_04_ncsnv2"
-sys.path.insert(0, str(LESSON))
+from common.checkpoint import load_lesson
+from common.cli import run
+from common.config import check_range
+from common.machine import InBatches, choose_device, synchronize, training_precision
+from common.run import Run
 
-from loss import denoising_score_matching_loss
-from noise_scales import geometric_noise_scales
-from sample import NETWORK_OPTIONS
-from score_network import ScoreNetwork
-from train_mnist import PRESETS, Config
-
-from common.machine import PRECISIONS, autocast, choose_device, choose_precision, in_batches
-from common.optimizer import Optimizer
-
-ROUNDS = 5
+WARM, TIMED = 2, 6  # the steps of a round that do not count, and those that do
 
 
-def training_step(config, precision: str, device: torch.device, batch_size: int):
-    """A function without arguments that takes one training step on random images."""
-    sigmas = geometric_noise_scales(16.8758, 0.01, 96).to(device)
-    network = ScoreNetwork(sigmas, 1, **{name: getattr(config, name) for name in NETWORK_OPTIONS})
-    network.to(device, memory_format=torch.channels_last)
-    optimizer = Optimizer(network, config.optimizer, fused=device.type != "mps")
-    x = torch.rand(batch_size, 1, 28, 28, device=device)
-
-    def step():
-        i, z = torch.randint(len(sigmas), (batch_size,), device=device), torch.randn_like(x)
-        with autocast(device, precision):
-            denoising_score_matching_loss(network, x, sigmas, i, z).mean().backward()
-        optimizer.step(config.learning_rate)
-
-    return step
+class MeasuredError(Exception):
+    """Ends a lesson's train() where it would make the last pictures."""
 
 
-def network_call(config, precision: str, device: torch.device, batch_size: int):
-    """A function without arguments that evaluates the score of `batch_size` images once."""
-    sigmas = geometric_noise_scales(16.8758, 0.01, 96).to(device)
-    network = ScoreNetwork(sigmas, 1, **{name: getattr(config, name) for name in NETWORK_OPTIONS})
-    score = in_batches(network.to(device, memory_format=torch.channels_last), precision, device)
-    x, i = torch.rand(batch_size, 1, 28, 28, device=device), torch.zeros(batch_size, dtype=torch.long, device=device)
-    return torch.no_grad()(lambda: score(x, i))
+class TimedRun(Run):
+    """A run that times some steps, and the first frame of the last pictures; it writes nothing."""
 
+    preview_due = False
 
-def start_up() -> tuple[float, float]:
-    """Seconds from the start of train_mnist.py to its first step, and its peak memory in MB."""
-    with tempfile.TemporaryDirectory() as folder:
+    def steps(self):
+        """Yields the steps of a round; `training` is then how many images one second took."""
+        for self.step in range(1, WARM + TIMED + 1):
+            if self.step == WARM + 1:
+                synchronize(self.device)
+                begin = time.perf_counter()
+            yield self.step
+        synchronize(self.device)
+        self.training = TIMED * self.config.batch_size / (time.perf_counter() - begin)
+
+    def record(self, loss, where):
+        """Forgets the losses."""
+
+    def to_sample(self, network):
+        """The network, which counts the images that it is called with."""
+        self.images_seen = 0
+        return InBatches(network, self.precision, bar=self)
+
+    def update(self, n):
+        """What a progress bar is told."""
+        self.images_seen += n
+
+    def last_pictures(self, frames):
+        """Makes the first frame; `sampling` is then how many network calls for an image one second took."""
         begin = time.perf_counter()
-        command = [sys.executable, "train_mnist.py", "--output", folder]
-        run = subprocess.Popen(command, cwd=LESSON, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0)
-        shown = b""
-        while not re.search(rb"[1-9][\d.]*k?/", shown):  # the progress bar has left 0
-            shown += run.stderr.read(64)
-        seconds = time.perf_counter() - begin
-        time.sleep(20)  # the memory has its peak after a few steps
-        run.send_signal(signal.SIGTERM)
-        run.communicate()
-    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        next(iter(frames))
+        synchronize(self.device)
+        self.sampling = self.images_seen / (time.perf_counter() - begin)
+        raise MeasuredError
 
 
 def main() -> None:
     """Prints the table."""
-    device = choose_device("auto")
-    seconds, megabytes = start_up()  # first: a process that grows later would be counted for its child's memory
-    lesson, paper = Config(), Config(**PRESETS["paper"])
-    work = {}
-    for name, config, batch_size in (
-        ("lesson run", lesson, lesson.batch_size),
-        ("paper's network", paper, paper.batch_size),
-    ):
-        for precision in ("float32", "bfloat16"):
-            work[f"{name}, training step, {precision}"] = (
-                training_step(config, precision, device, batch_size),
-                batch_size,
-            )
-            work[f"{name}, sampling, {precision}"] = network_call(config, precision, device, 64), 64
-    rates = {name: [] for name in work}
-    for _ in range(1 + ROUNDS):
-        for name, (step, images) in work.items():
-            begin = time.perf_counter()
-            step()
-            if device.type != "cpu":
-                torch.get_device_module(device).synchronize()
-            rates[name].append(images / (time.perf_counter() - begin))
+    parser = argparse.ArgumentParser(prog="python -m common.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("lesson", nargs="?", default="lesson_04_ncsnv2", help="its folder (default: lesson_04_ncsnv2)")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median is printed (default: 5)")
+    parser.add_argument("--smoke", action="store_true", help="only a tiny network: tests the bench")
+    options = parser.parse_args()
+    check_range("--rounds", options.rounds)
+    lesson, train_mnist = load_lesson(options.lesson), importlib.import_module("train_mnist")
+    configs = {
+        "lesson run": train_mnist.Config(),
+        "paper's network": train_mnist.Config(**train_mnist.PRESETS["paper"]),
+    }
+    if options.smoke:
+        configs = {"smoke": train_mnist.Config(**train_mnist.PRESETS["smoke"])}
+    rates = {}
+    for _ in range(options.rounds):
+        for name, config in configs.items():
+            for precision in ("float32", "bfloat16"):
+                with tempfile.TemporaryDirectory() as folder:
+                    config = dataclasses.replace(config, precision=precision, output=folder)
+                    timed = TimedRun(config, lesson.LESSON)
+                    timed.images, timed.leads = timed.images[:2000], False  # few, for Technique 1; and say nothing
+                    try:
+                        train_mnist.train(timed.config, timed)
+                    except MeasuredError:
+                        rates.setdefault(f"{name}, {precision}", []).append((timed.training, timed.sampling))
+    device = choose_device()
     chip = platform.processor() or platform.machine()
-    print(
-        f"{device}, {chip}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, median of {ROUNDS} rounds"
-    )
+    print(f"{options.lesson}, {device}, {chip}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    print(f"{'images/s, median':30}{'training':>10}{'sampling':>10}")
     for name, values in rates.items():
-        print(f"{name:42}{statistics.median(values[1:]):8.1f} images/s")  # the first round warms up
-    trials = {name: training_step(lesson, name, device, lesson.batch_size) for name in PRECISIONS[1:]}
-    print(f"chosen by train_mnist.py: {choose_precision('auto', device, lambda name: trials[name]())[0]}")
-    print(f"train_mnist.py: {seconds:.1f} s to its first step, {megabytes:.0f} MB of memory at most")
+        print(f"{name:30}" + "".join(f"{statistics.median(each):10.1f}" for each in zip(*values)))
+    print(f"train_mnist.py chooses {training_precision('auto', device)}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,12 +1,17 @@
 """Checkpoints: one file that holds all a run needs to go on, never half written, and read without running its code."""
 
+import importlib
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import torch
 
 from common.errors import LessonError
 from common.files import atomic_write
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def save_checkpoint(path: str | Path, lesson: str, **state) -> None:
@@ -15,30 +20,32 @@ def save_checkpoint(path: str | Path, lesson: str, **state) -> None:
         torch.save({"lesson": lesson, **state}, temporary)
 
 
-def load_checkpoint(path: str | Path, lesson: str, device="cpu", needs: tuple = ()) -> dict:
-    """What `save_checkpoint` wrote, on `device`. LessonError if it is missing, damaged, another lesson's, or without
-    one of the keys that the caller needs.
+def load_checkpoint(path: str | Path, lesson: str | None = None, needs: tuple = ()) -> dict:
+    """What `save_checkpoint` wrote, on the CPU. LessonError if it is missing, damaged, another lesson's than `lesson`
+    (None: any), or without one of the keys that the caller needs.
     """
-    checkpoint = _read(Path(path), device)
+    checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or "lesson" not in checkpoint:
         raise LessonError(f"{path} is not a checkpoint of these lessons; name one that train_mnist.py wrote")
-    if checkpoint["lesson"] != lesson:
-        found = checkpoint["lesson"]
+    found = checkpoint["lesson"]
+    if lesson not in (None, found):
         raise LessonError(f"{path} is a checkpoint of {found}, not of {lesson}; use the scripts in {found}/")
     missing = [key for key in needs if key not in checkpoint]
     if missing:
-        raise LessonError(f"{path} is of another version of {lesson}: it has no {missing[0]}")
+        raise LessonError(f"{path} is of another version of {found}: it has no {missing[0]}")
     return checkpoint
 
 
-def _read(path, device):
+def load_file(path: str | Path):
+    """What torch.save wrote to a file, on the CPU. LessonError if it is missing, damaged, or would run code."""
+    path = Path(path)
     if not path.is_file():
         raise LessonError(f"there is no file {path}; train first, or name another one")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not look at the check sums
                 raise ValueError("wrong check sum")
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise LessonError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch.load raises a different class for each way in which a file can be damaged
@@ -53,7 +60,21 @@ def load_weights(module: torch.nn.Module, weights: dict, path) -> None:
         raise LessonError(f"the weights in {path} do not fit this network; was it made with other flags?") from error
 
 
-def load_tensor(path: str | Path) -> torch.Tensor | None:
-    """The tensor in a file, or None if the file holds something else. LessonError if it cannot be read."""
-    found = _read(Path(path), "cpu")
-    return found if isinstance(found, torch.Tensor) else None
+def load_lesson(name: str) -> ModuleType:
+    """A lesson's sample.py, of which `common` uses what `common.play` lists. LessonError if there is no such lesson."""
+    if not name.isidentifier() or not (ROOT / name / "sample.py").is_file():
+        raise LessonError(f"there is no folder {name} with a sample.py beside common/")
+    sys.path.insert(0, str(ROOT / name))  # it imports the files beside it
+    return importlib.import_module("sample")
+
+
+def load_network(lesson: ModuleType, path: str | Path, device: torch.device) -> tuple:
+    """The network that samples are drawn with, the configuration it was trained with, and the checkpoint at `path`."""
+    found = load_checkpoint(path, lesson.LESSON, needs=(lesson.WEIGHTS, "config", "image_shape", "step"))
+    config, weights = SimpleNamespace(**found["config"]), found[lesson.WEIGHTS]
+    try:
+        network = lesson.make_network(config, found["image_shape"][0], weights)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise LessonError(f"{path} is of another version of {lesson.LESSON}") from error
+    load_weights(network, weights, path)
+    return network.to(device, memory_format=torch.channels_last).eval(), config, found

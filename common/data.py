@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from common.config import check_choice
 from common.errors import LessonError
 
 MNIST_DIR = Path(__file__).resolve().parent / "mnist"
@@ -36,8 +37,8 @@ def load_images(name: str, split: str = "train") -> Tensor:
     (N, 3, 32, 32) are downloaded into data/ the first time. split is "train" or "test".
     Raises LessonError for an unknown name or split, and for files that are missing or damaged.
     """
-    _check_choice("data set", name, DATASETS)
-    _check_choice("split", split, SPLITS)
+    check_choice("data set", name, DATASETS)
+    check_choice("split", split, SPLITS)
     if name in ("fashion_mnist", "cifar10"):
         return _torchvision_images(name, split)
     digits = _mnist_file(f"{SPLITS[split]}-images-idx3-ubyte").unsqueeze(1)  # (N, 1, 28, 28)
@@ -57,8 +58,8 @@ def load_pictures(config, split: str = "train") -> Tensor:
 
 def load_labels(name: str, split: str = "train") -> Tensor:
     """Which digit, 0 to 9, each image of mnist or color_mnist shows: long (N,). Raises as load_images does."""
-    _check_choice("data set with labels", name, ("mnist", "color_mnist"))
-    _check_choice("split", split, SPLITS)
+    check_choice("data set with labels", name, ("mnist", "color_mnist"))
+    check_choice("split", split, SPLITS)
     return _mnist_file(f"{SPLITS[split]}-labels-idx1-ubyte").long()
 
 
@@ -80,8 +81,7 @@ def load_folder(folder: str | Path, image_size: int, channels: int) -> Tensor:
                 images.append(_read_picture(path, image_size, channels))
             except Exception as error:  # a damaged picture can raise almost anything in a decoder
                 failures.append(f"left out {path}: {_one_line(error)}")
-    more = [f"left out {len(failures) - 10} more"] if len(failures) > 10 else []
-    for line in failures[:10] + more:
+    for line in failures[:10] + [f"left out {len(failures) - 10} more"][: len(failures) > 10]:
         print(line, file=sys.stderr)
     if not images:
         raise LessonError(f"{folder} has no readable picture: {' '.join(PICTURES)} are read")
@@ -124,11 +124,6 @@ def parse_idx(content: bytes) -> Tensor:
         raise ValueError(f"{len(content) - start} values where the IDX header promises {math.prod(shape)}")
     # bytearray, because torch warns about memory that it may not write to
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(shape)
-
-
-def _check_choice(what, value, choices):
-    if value not in choices:
-        raise LessonError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
 
 
 def _one_line(error):
@@ -184,11 +179,9 @@ def _read_picture(path, size, channels):
         with Image.open(path) as picture:
             if picture.mode.startswith("I"):  # 16 bits a pixel: convert() would clip them, not scale them
                 picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-            picture = ImageOps.exif_transpose(picture)
-            side = min(picture.size)
-            left, top = (picture.width - side) // 2, (picture.height - side) // 2
-            square = picture.crop((left, top, left + side, top + side)).convert("RGBA")
-    page = Image.new("RGBA", square.size, "white")
-    page.alpha_composite(square)
-    pixels = np.array(page.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.LANCZOS))
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)  # the centre square, resized
+    page = Image.new("RGBA", picture.size, "white")
+    page.alpha_composite(picture)
+    pixels = np.array(page.convert("L" if channels == 1 else "RGB"))
     return torch.from_numpy(pixels).reshape(size, size, channels).permute(2, 0, 1).contiguous()

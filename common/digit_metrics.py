@@ -18,13 +18,13 @@ from common.errors import LessonError
 from common.nearest import nearest_training_digit
 
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
-COLUMNS = {  # key in a row of the report: title, format
-    "n": ("    n", "d"),
-    "fid": ("digit FID", ".1f"),
+COLUMNS = {  # of a report: title, key, format
+    "    n": ("n", "d"),
+    "digit FID": ("fid", ".1f"),
     "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"),
-    "entropy": ("class entropy", ".3f"),
-    "nearest": ("nearest train", ".2f"),
+    "class entropy": ("entropy", ".3f"),
+    "nearest train": ("nearest", ".2f"),
 }
 ROWS = {"samples": "samples", "floor": "real digits (floor)", "ceiling": "noise (ceiling)"}
 
@@ -104,37 +104,33 @@ def digit_report(images: Tensor, seed: int = 0) -> dict:
     unseen = test[torch.randperm(len(test), generator=generator)[:n]]
     noise = torch.rand(n, 1, 28, 28, generator=generator)
     test_features = digit_features(test)
-    against = test_features, _radii(test_features, NEIGHBOURS), train  # the radii are the slowest part: once for all
-    return {
-        "samples": _row(images, images, *against),
-        "floor": _row(real, unseen, *against),
-        "ceiling": _row(noise, noise, *against),
-    }
+    test_radii = _radii(test_features)  # the slowest part: once for all
+
+    def row(images, images_for_nearest):
+        features = digit_features(images)
+        histogram = _histogram(features)
+        return {
+            "n": n,
+            "fid": frechet_distance(features, test_features),
+            "precision": _share_among(features, test_features, test_radii),
+            "recall": _share_among(test_features, features, _radii(features)),
+            "histogram": histogram.tolist(),
+            "entropy": entropy(histogram),
+            "nearest": nearest_training_digit(images_for_nearest, train)[0].median().item(),
+        }
+
+    return {"samples": row(images, images), "floor": row(real, unseen), "ceiling": row(noise, noise)}
 
 
 def print_report(report: dict) -> None:
     """Print what `digit_report` returned as a table, with what its columns mean."""
-    print(" " * 19 + "".join(f"  {title}" for title, _ in COLUMNS.values()))
+    print(" " * 19 + "".join(f"  {title}" for title in COLUMNS))
     for key, name in ROWS.items():
-        cells = [f"{report[key][column]:{len(title)}{form}}" for column, (title, form) in COLUMNS.items()]
-        print(f"{name:19}" + "".join(f"  {cell}" for cell in cells))
+        cells = [f"  {report[key][column]:{len(title)}{form}}" for title, (column, form) in COLUMNS.items()]
+        print(f"{name:19}" + "".join(cells))
     print(f"classes 0 to 9 of the samples: {report['samples']['histogram']}; even classes have entropy 2.303")
     print("digit FID, precision, recall: against the 10 000 test digits; their floor is n training digits.")
     print("nearest train: median distance, in pixels, to the nearest training digit; its floor is n test digits.")
-
-
-def _row(images, images_for_nearest, test_features, test_radii, train):
-    features = digit_features(images)
-    histogram = _histogram(features)
-    return {
-        "n": len(images),
-        "fid": frechet_distance(features, test_features),
-        "precision": _share_among(features, test_features, test_radii),
-        "recall": _share_among(test_features, features, _radii(features, NEIGHBOURS)),
-        "histogram": histogram.tolist(),
-        "entropy": entropy(histogram),
-        "nearest": nearest_training_digit(images_for_nearest, train)[0].median().item(),
-    }
 
 
 def _histogram(features):
@@ -146,7 +142,7 @@ def _root(covariance):
     return vectors * values.clamp(min=0).sqrt() @ vectors.T  # rounding makes zeros slightly negative
 
 
-def _radii(points, k):
+def _radii(points, k=NEIGHBOURS):
     # k + 1 because each point is its own nearest neighbour
     chunks = [_distances(chunk, points).topk(k + 1, largest=False).values[:, k] for chunk in points.split(1000)]
     return torch.cat(chunks)  # (N,)

@@ -1,8 +1,16 @@
 """The one exception that a person who runs a lesson is meant to read."""
 
+from contextlib import contextmanager
+
 
 class LessonError(Exception):
-    """Something a person passed in cannot be used. Its text is one line that says what is wrong and what to do.
+    """Something a person passed in cannot be used. Its text, which `common.cli.run` prints, says what to do."""
 
-    `common.cli.main` prints the line and exits with status 1; nothing else catches it.
-    """
+
+@contextmanager
+def usable(what: str):
+    """Around a computation from what a person chose, or its checkpoint: its ValueError becomes a LessonError."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        raise LessonError(f"{what} cannot be made of these flags and data: {error}") from error

@@ -40,13 +40,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 def check_writable(path: str | Path) -> None:
     """Raises LessonError if a file at `path` could not be written; makes missing folders, and changes nothing else."""
-    path = Path(path)
-    if path.is_dir():
+    if Path(path).is_dir():
         raise LessonError(f"cannot write {path}: it is a folder; name a file")
-    trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise LessonError(f"cannot write {path}: {error.strerror or error}") from error
+    trial = Path(path).with_name(f".{Path(path).name}.trial")
+    with atomic_write(trial):
+        pass
+    trial.unlink()

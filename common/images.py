@@ -46,29 +46,20 @@ def save_strip(frames: Sequence[Tensor], path: str | Path, moments: int = 8, sca
     save_grid(rearrange(chosen, "m n c h w -> (n m) c h w"), path, columns=len(chosen), scale=scale)
 
 
-def save_gif(
-    frames: Sequence[Tensor],
-    path: str | Path,
-    columns: int | None = None,
-    scale: int | None = None,
-    milliseconds: int = 100,
-    hold: int = 1500,
-    max_frames: int = 36,
-    max_bytes: int = 2_000_000,
-) -> None:
-    """Write frames, each (N, C, H, W), as a GIF of grids that repeats for ever.
+def save_gif(frames: Sequence[Tensor], path: str | Path, milliseconds=100, hold=1500, max_frames=36, **how) -> None:
+    """Write frames, each (N, C, H, W), as a GIF of grids that repeats for ever; `how`: columns and scale of save_grid.
 
     Each frame shows for `milliseconds`, the last for `hold` milliseconds. At most max_frames are evenly chosen, the
-    first and the last included, and fewer if the file would be larger than max_bytes. Raises as save_strip does.
+    first and the last included, and fewer if the file would be larger than 2 MB. Raises as save_strip does.
     """
     while True:  # noise hardly compresses, so the size is known only when the file is there
-        pictures = [_few_colors(_grid(frame, columns, scale)) for frame in _evenly(frames, max_frames)]
-        durations = [milliseconds] * (len(pictures) - 1) + [hold]
-        file = io.BytesIO()
-        pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
-        if file.tell() <= max_bytes or len(pictures) <= 2:
+        pictures = [_few_colors(_grid(frame, **how)) for frame in _evenly(frames, max_frames)]
+        times, file = [milliseconds] * (len(pictures) - 1) + [hold], io.BytesIO()
+        more = {"save_all": True, "append_images": pictures[1:], "duration": times, "loop": 0, "optimize": True}
+        pictures[0].save(file, format="GIF", **more)
+        if file.tell() <= 2_000_000 or len(pictures) <= 2:
             break
-        max_frames = max(2, int(0.95 * len(pictures) * max_bytes / file.tell()))
+        max_frames = max(2, int(0.95 * len(pictures) * 2_000_000 / file.tell()))
     with atomic_write(path) as temporary:
         temporary.write_bytes(file.getvalue())
 
@@ -83,13 +74,11 @@ def save_table(
     """
     from matplotlib.figure import Figure
 
-    if images.isnan().any():
-        raise ValueError("the images hold NaN")
-    pixels = rearrange(images.detach().float().clamp(0, 1).cpu(), "n c h w -> n h w c").expand(-1, -1, -1, 3).numpy()
+    pixels = _pixels(images)
     R, K = len(rows), len(columns)
     figure = Figure(figsize=(0.8 * K + 1.2, 0.8 * R + 0.25 * R * bool(captions) + 0.4), layout="constrained")
     for n, panel in enumerate(figure.subplots(R, K, squeeze=False).flat):
-        panel.imshow(pixels[n], interpolation="nearest")
+        panel.imshow(pixels[n].expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
         panel.set(xticks=[], yticks=[])
         if captions:
             panel.set_title(captions[n], fontsize=8, pad=2)
@@ -101,36 +90,26 @@ def save_table(
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def save_loss_plot(
-    steps: Sequence[int],
-    losses: Sequence[float],
-    band_losses: Sequence[Sequence[float]],
-    band_labels: Sequence[str],
-    path: str | Path,
-    reference: float,
-) -> None:
-    """Write a PNG of two panels over the S steps: the training loss, and the loss in each band of noise scales.
+def save_loss_plot(rows: Sequence[Sequence[float]], bands: Sequence[str], path: str | Path, reference: float) -> None:
+    """Write a PNG of two panels: the training loss over the steps, and the loss in each band of noise levels.
 
-    losses (S,); band_losses (S, bands), NaN where a step had no sample of a band; band_labels (bands,).
-    reference: D/2, the loss of a network that returns zero, is a dashed line.
-    Raises LessonError if path cannot be written.
+    rows: (step, loss, loss of each band), NaN where a step had no sample of a band; bands: their names.
+    reference: the loss of a network that returns zero, is a dashed line. Raises LessonError if path cannot be written.
     """
     from matplotlib.figure import Figure  # not pyplot, which keeps global state; here, because importing it is slow
     from matplotlib.ticker import LogFormatter
 
+    steps, losses, *columns = np.asarray(rows, dtype=float).reshape(-1, 2 + len(bands)).T
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(steps, losses, linewidth=0.5, alpha=0.4, label="each step")
+    left.plot(steps, losses, linewidth=0.5, alpha=0.4, label="ten steps each")
     left.plot(*_running_mean(steps, losses), linewidth=2, label="running mean")
-    left.set_title("training loss")
-    bands = np.asarray(band_losses, dtype=float).reshape(len(steps), len(band_labels))
-    for k, label in enumerate(band_labels):
-        color = (0.9 - 0.8 * k / len(band_labels), 0.3, 0.1 + 0.8 * k / len(band_labels))  # from red to blue
-        right.plot(*_running_mean(steps, bands[:, k]), color=color, label=label)
+    for k, (name, column) in enumerate(zip(bands, columns, strict=True)):
+        color = (0.9 - 0.8 * k / len(bands), 0.3, 0.1 + 0.8 * k / len(bands))  # from red to blue
+        right.plot(*_running_mean(steps, column), color=color, label=name)
     right.axhline(reference, color="black", linestyle="--", label="network that returns zero: D/2")
-    right.set_title("loss by noise scale (running means)")
-    for panel in (left, right):
-        panel.set(xlabel="step", ylabel="loss", yscale="log")
+    for panel, title in ((left, "training loss"), (right, "loss by noise level (running means)")):
+        panel.set(title=title, xlabel="step", ylabel="loss", yscale="log")
         panel.yaxis.set_major_formatter("{x:g}")  # 200, not 2 x 10^2
         panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         panel.grid(alpha=0.3, which="both")
@@ -148,16 +127,19 @@ def _evenly(frames, count):
     return torch.stack([frames[k] for k in chosen])
 
 
-def _grid(images, columns, scale):
-    """uint8 array (height, width) for C = 1, (height, width, 3) for C = 3."""
+def _pixels(images):
+    """The images as uint8 on the CPU."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape or not images.is_floating_point():
         raise ValueError(f"not float images (N, 1 or 3, H, W): {images.dtype} {tuple(images.shape)}")
     if images.isnan().any():
         raise ValueError("the images hold NaN")
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    scale = scale or math.ceil(56 / images.shape[2])
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().cpu()
-    pixels = repeat(pixels, "n c h w -> n c (h a) (w b)", a=scale, b=scale)
+    return (images.detach().float().clamp(0, 1) * 255).round().byte().cpu()
+
+
+def _grid(images, columns=None, scale=None):
+    """uint8 array (height, width) for C = 1, (height, width, 3) for C = 3."""
+    columns, scale = columns or math.ceil(math.sqrt(len(images))), scale or math.ceil(56 / images.shape[-1])
+    pixels = repeat(_pixels(images), "n c h w -> n c (h a) (w b)", a=scale, b=scale)
     pixels = F.pad(pixels, (PADDING, 0, PADDING, 0), value=PADDING_GRAY)  # left and above
     pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, -len(pixels) % columns), value=PADDING_GRAY)  # fills the last row
     pixels = rearrange(pixels, "(r k) c h w -> (r h) (k w) c", k=columns)
@@ -165,21 +147,15 @@ def _grid(images, columns, scale):
 
 
 def _few_colors(pixels):
-    """A palette picture of 16 grays, or of 6 x 6 x 6 colors."""
+    """A picture of 16 grays, or of 6 x 6 x 6 colors."""
     if pixels.ndim == 2:
-        index, colors = np.rint(pixels / 17), [(17 * k,) * 3 for k in range(16)]
-    else:
-        index = np.rint(pixels / 51) @ [36, 6, 1]
-        colors = [(51 * r, 51 * g, 51 * b) for r in range(6) for g in range(6) for b in range(6)]
-    picture = Image.fromarray(index.astype(np.uint8))
-    picture.putpalette(np.array(colors, dtype=np.uint8).tobytes())
-    return picture
+        return Image.fromarray((np.rint(pixels / 17) * 17).astype(np.uint8))
+    return Image.fromarray(pixels).convert("P", palette=Image.Palette.WEB, dither=Image.Dither.NONE)
 
 
 def _running_mean(steps, values):
     """The steps that have a value and, from the point where there are enough, the mean of the values before them."""
-    known = np.isfinite(values)
-    steps, values = np.asarray(steps)[known], np.asarray(values, dtype=float)[known]
+    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
     window = max(1, len(values) // 50)
     sums = np.cumsum(np.insert(values, 0, 0.0))  # np.convolve would refuse a band that never had a sample
     return steps[window - 1 :], (sums[window:] - sums[:-window]) / window

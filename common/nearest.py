@@ -9,11 +9,8 @@ def nearest_training_digit(images: Tensor, train_images: Tensor) -> tuple[Tensor
 
     Exact: an image that is in train_images is at distance 0. A small distance for most samples means memorisation.
     """
-    x = images.flatten(1).double()  # (N, D)
-    best, index = torch.full_like(x[:, 0], torch.inf), torch.zeros_like(x[:, 0], dtype=torch.long)
-    for start in range(0, len(train_images), 4096):
-        y = train_images[start : start + 4096].flatten(1).double()
-        squared, nearest = (y.square().sum(1) - 2 * x @ y.T).min(dim=1)  # |x - y|^2 - |x|^2
-        index = torch.where(squared < best, start + nearest, index)
-        best = torch.minimum(squared, best)
+    x, parts = images.flatten(1).double(), train_images.split(4096)  # (N, D)
+    nearest = [torch.cdist(x, part.flatten(1).double()).min(dim=1) for part in parts]
+    part = torch.stack([found.values for found in nearest]).argmin(dim=0)  # (N,)
+    index = torch.stack([found.indices for found in nearest]).gather(0, part[None])[0] + 4096 * part
     return (images - train_images[index]).flatten(1).norm(dim=1), index  # the difference itself: no cancellation

@@ -1,46 +1,40 @@
-"""The random numbers of sampling: every image has a stream of its own, so its seed alone decides what it becomes."""
+"""Random numbers: one function for training and sampling, and streams that make a sample depend on its seed alone."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 class SeededNoise:
-    """Called with x (N, C, H, W), returns standard normal noise of its shape and device, new at each call.
+    """Where samples get their noise: image k has a stream of its own, with the k-th of N `seeds`.
 
-    Image k draws from the stream of seed + k: it gets the same numbers whatever N, the batch size and the device.
+    So it gets the same numbers whatever N, the batch size and the device. With N more seeds, `towards`, and t (N,) from
+    0 to 1, all noise of image k is between that of seeds[k] and that of towards[k]: z = cos(a) z_1 + sin(a) z_2 with
+    a = t pi / 2 (slerp), as in the interpolations of the NCSNv2 paper. A sum of two independent normal numbers with
+    these weights is standard normal again; their average would be too small.
     """
 
-    def __init__(self, seed: int, N: int):
-        self.streams = [torch.Generator().manual_seed(seed + k) for k in range(N)]
+    def __init__(self, seeds: Sequence[int], towards: Sequence[int] = (), t: Tensor | None = None):
+        self.streams, self.others = ([torch.Generator().manual_seed(s) for s in each] for each in (seeds, towards))
+        self.angle = None if t is None else (t * math.pi / 2)[:, None, None, None]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.stack([torch.randn(x.shape[1:], generator=stream) for stream in self.streams]).to(x.device)
-
-
-class InterpolatedNoise:
-    """Like SeededNoise, for N >= 2 images on the way from the image of seed a to the image of seed b, ends included.
-
-    z_k = cos(t_k) z_a + sin(t_k) z_b with t_k from 0 to pi/2 (slerp), as for the interpolations of the NCSNv2 paper: a
-    sum of two independent normal numbers with these weights is standard normal again, where their average would be too
-    small. All the noise of sampling is mixed so, not only that of the start.
-    """
-
-    def __init__(self, a: int, b: int, N: int):
-        self.ends = SeededNoise(a, 1), SeededNoise(b, 1)
-        self.towards_b = torch.linspace(0, math.pi / 2, N).sin()[:, None, None, None]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        z_a, z_b = (end(x[:1].cpu()) for end in self.ends)  # (1, C, H, W)
-        return (self.towards_b.flip(0) * z_a + self.towards_b * z_b).to(x.device)  # flip: the cosine, exactly 0 at b
+    def like(self, x: Tensor) -> Tensor:
+        """Standard normal noise, shaped like x (N, C, H, W); new at each call."""
+        z = torch.stack([torch.randn(x.shape[1:], generator=stream) for stream in self.streams])
+        if self.others:
+            other = torch.stack([torch.randn(x.shape[1:], generator=stream) for stream in self.others])
+            z = self.angle.cos() * z + self.angle.sin() * other
+        return z.to(x.device)
 
 
-class JoinedNoise:
-    """Several such sources one after the other; the next images of x are the next source's. `sizes` are their N."""
+Generator = torch.Generator | SeededNoise | None  # None: torch's own random numbers
 
-    def __init__(self, sources: list, sizes: list[int]):
-        self.sources, self.sizes = sources, sizes
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([source(part) for source, part in zip(self.sources, x.split(self.sizes), strict=True)])
+def noise_like(x: Tensor, generator: Generator = None) -> Tensor:
+    """Standard normal noise shaped like x, on its device."""
+    if isinstance(generator, SeededNoise):
+        return generator.like(x)
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device).to(x.device)

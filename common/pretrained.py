@@ -4,7 +4,7 @@
     cd .. && python -m common.pretrained lesson_04_ncsnv2
 
 It keeps the weights that samples are drawn with, rounded to float16, and the configuration; what only a training needs,
-the optimiser and its like, is left out. The noise ladder stays exact, in float32.
+the optimiser and its like, is left out. The noise scales stay exact, in float32.
 """
 
 import sys

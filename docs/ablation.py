@@ -28,13 +28,14 @@ import lesson_03_ncsn.score_network as score_network_3
 import lesson_04_ncsnv2.sampler as sampler_4
 import lesson_04_ncsnv2.score_network as score_network_4
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.cli import check_choice, check_positive, check_range, run
+from common.cli import run
+from common.config import check_choice, check_range, flag_of
 from common.data import load_images
 from common.digit_metrics import digit_report
 from common.errors import LessonError
 from common.files import atomic_write
 from common.images import save_grid
-from common.machine import PRECISIONS, autocast, choose_device, choose_precision, in_batches
+from common.machine import InBatches, autocast, choose_device, training_precision
 from common.optimizer import Optimizer
 from lesson_04_ncsnv2.loss import denoising_score_matching_loss
 from lesson_04_ncsnv2.noise_scales import (
@@ -93,13 +94,8 @@ def train(row: int, seed: int, images: Tensor, sigmas: Tensor, options: Namespac
     generator = torch.Generator(device).manual_seed(seed)
     network = make_network(row, sigmas, options, device)
     ema = copy.deepcopy(network).requires_grad_(False)
-    trial = copy.deepcopy(network)
-    trial_optimizer = Optimizer(trial, "muon", fused=device.type != "mps")
-    x, i = images[:B] / 255, torch.zeros(B, dtype=torch.long, device=device)
-    precision, _ = choose_precision(
-        options.precision, device, lambda name: training_step(trial, trial_optimizer, x, i, x, name)
-    )
-    optimizer, snapshots, begin = Optimizer(network, "muon", fused=device.type != "mps"), {}, time.perf_counter()
+    precision = training_precision(options.precision, device)
+    optimizer, snapshots, begin = Optimizer(network, "muon"), {}, time.perf_counter()
     for step in tqdm(range(1, steps + 1), desc=f"training, row {row}, seed {seed}", unit=" steps"):
         x = images[torch.randint(len(images), (B,), generator=generator, device=device)] / 255  # (B, C, H, W)
         u = torch.rand(1, generator=generator, device=device)
@@ -108,7 +104,9 @@ def train(row: int, seed: int, images: Tensor, sigmas: Tensor, options: Namespac
         fall = 1.0 if options.decay == "constant" else 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
         training_step(network, optimizer, x, i, z, precision, 3e-3 * min(1.0, step / 100) * fall)
         d = min(0.995, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - d)
+        with torch.no_grad():
+            for average, weights in zip(ema.parameters(), network.parameters(), strict=True):
+                average.lerp_(weights, 1 - d)
         if step in quarters(steps):
             pair = {"raw": network, "ema": ema}
             snapshots[step] = {name: copy.deepcopy(module.state_dict()) for name, module in pair.items()}
@@ -127,7 +125,7 @@ def draw(row: int, network: torch.nn.Module, n: int, T: int, epsilon: float, pre
     generator = torch.Generator(sigmas.device).manual_seed(seed)
     kind = torch.rand if row == 0 else torch.randn
     x = kind((n, 1, 28, 28), generator=generator, device=sigmas.device) * sigmas[0]  # row 0: sigma_1 = 1
-    score = in_batches(network, precision, sigmas.device)
+    score = InBatches(network, precision)
     lesson = sampler_4 if row >= 4 else sampler_3  # lesson 4 writes alpha where lesson 3 has alpha / 2
     steps = lesson.annealed_langevin_dynamics(score, x, sigmas, T, epsilon, generator)
     *_, x = tqdm(steps, total=len(sigmas), desc=f"sampling, row {row}", unit=" noise scales")
@@ -196,13 +194,15 @@ def parse_options() -> Namespace:
     parser.add_argument("--curve", action="store_true", help="also measure rows 4 and 5 after each quarter of training")
     parser.add_argument("--decay", default="cosine", help="of the learning rate: cosine or constant (default: cosine)")
     parser.add_argument("--skip", action="store_true", help="the lesson runs' skip around the network, in all rows")
-    parser.add_argument("--precision", default="auto", help=f"of the network: {', '.join(PRECISIONS)} (default: auto)")
+    names = ("auto", "float32", "bfloat16")
+    parser.add_argument("--precision", default="auto", choices=names, help="of the network (default: auto)")
     parser.add_argument("--output", default=str(Path(__file__).parent / "output"), help="folder (default: docs/output)")
     options = parser.parse_args()
-    check_positive(options, "steps", "batch_size", "calls")
-    check_range(options, "width", 2, 4096)
-    check_range(options, "num", 4, 10_000)
-    check_choice(options, "decay", ("cosine", "constant"))
+    for name in ("steps", "batch_size", "calls"):
+        check_range(flag_of(name), getattr(options, name))
+    check_range("--width", options.width, 2, 4096)
+    check_range("--num", options.num, 4, 10_000)
+    check_choice("--decay", options.decay, ("cosine", "constant"))
     for name, choices in (("rows", range(len(ROWS))), ("seeds", range(1000))):
         words = getattr(options, name).split(",")
         if not all(word.isdecimal() and int(word) in choices for word in words):
@@ -214,7 +214,7 @@ def parse_options() -> Namespace:
 def main() -> None:
     """Reads the flags; trains and measures what results.csv does not hold yet; prints the table."""
     options = parse_options()
-    folder, device = Path(options.output), choose_device("auto")
+    folder, device = Path(options.output), choose_device()
     results, settings = folder / "results.csv", {name: getattr(options, name) for name in SETTINGS}
     images = load_images("mnist")[: 1000 if options.smoke else None].to(device)  # (N, 1, 28, 28) uint8
     distance = largest_pairwise_distance(images / 255)  # Technique 1
@@ -235,7 +235,7 @@ def main() -> None:
                 if not path.is_file():
                     done = train(row, seed, images, sigmas, options)
                     save_checkpoint(path, "ablation", settings=settings, **done)
-                trained = trained or load_checkpoint(path, "ablation", device)
+                trained = trained or load_checkpoint(path, "ablation")
                 if trained["settings"] != settings:
                     raise LessonError(f"{path} was trained with other settings: {trained['settings']}; see --output")
                 line = measure(row, trained, step, sigmas, options, key, device)

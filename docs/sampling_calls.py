@@ -9,17 +9,14 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "lesson_04_ncsnv2")]
+sys.path.insert(0, str(ROOT))
 
-from sample import draw, load_network
-
+from common.checkpoint import load_lesson, load_network
 from common.cli import run
 from common.digit_metrics import digit_report
 from common.machine import choose_device, sampling_precision
-from common.noise import SeededNoise
+from common.play import sample_all
 
 CALLS = {"consistent": (13, 25, 49, 97), "langevin": (289, 961)}
 COLUMNS = ("sampler", "calls", "n", "seed", "fid", "precision", "recall")
@@ -32,17 +29,17 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=500, help="images for each measurement (default: 500)")
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "sampling_calls.csv")
     options = parser.parse_args()
-    network, checkpoint = load_network(options.checkpoint, choose_device("auto"))
-    precision = sampling_precision("auto", checkpoint, network)
+    lesson, device = load_lesson("lesson_04_ncsnv2"), choose_device()
+    network, config, checkpoint = load_network(lesson, options.checkpoint, device)
+    precision = sampling_precision("auto", config.precision, device)
+    shape = (options.num, *checkpoint["image_shape"])
     lines = list(csv.reader(options.csv.read_text().splitlines())) if options.csv.is_file() else [COLUMNS]
     there = {tuple(line[:3]) for line in lines}
     for sampler, calls in ((sampler, calls) for sampler, several in CALLS.items() for calls in several):
         if (sampler, str(calls), str(options.num)) in there:
             continue
-        with tqdm(total=options.num * calls, unit=" calls", unit_scale=True, desc=f"{sampler}, {calls}") as bar:
-            shape = (options.num, *checkpoint["image_shape"])
-            x = draw(network, shape, SeededNoise(1, options.num), sampler, calls, precision, bar=bar)[-1]
-        found = digit_report(x.clamp(0, 1).cpu())["samples"]
+        x, _ = sample_all(lesson, network, config, shape, 1, sampler, calls, precision)
+        found = digit_report(x.clamp(0, 1))["samples"]
         numbers = [f"{found[name]:.3f}" for name in ("fid", "precision", "recall")]
         lines.append([sampler, calls, options.num, 1, *numbers])
         with options.csv.open("w", newline="") as file:

@@ -20,7 +20,8 @@ from loss import denoising_score_matching_loss
 from noise_scales import geometric_noise_scales
 from sampler import annealed_langevin_dynamics
 
-from common.cli import check_positive, run
+from common.cli import run
+from common.config import check_range
 from common.data import load_images
 from common.images import check_finite, save_grid
 
@@ -55,7 +56,8 @@ def main() -> None:
     parser.add_argument("--T", type=int, default=20, help="Langevin steps at each of ten noise scales (default: 20)")
     parser.add_argument("--output", default="output/first_network.png", help="(default: output/first_network.png)")
     options = parser.parse_args()
-    check_positive(options, "steps", "T")
+    for name in ("steps", "T"):
+        check_range(f"--{name}", getattr(options, name))
 
     torch.manual_seed(0)
     images, sigmas = load_images("mnist"), geometric_noise_scales(1.0, 0.01, 10)

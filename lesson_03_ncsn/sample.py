@@ -1,6 +1,7 @@
-"""Draw from a trained network, fill in, walk between digits: `python sample.py`, and look at output/drawn.png."""
+"""Sample from a trained network, inpaint, interpolate: `python sample.py`, and look at output/drawn.png."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,75 +12,57 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that 
 from sampler import annealed_langevin_dynamics, inpaint, langevin_step_size, tweedie
 from score_network import ScoreNetwork
 
-from common.checkpoint import load_checkpoint, load_weights
-from common.cli import run
-from common.images import check_finite
-from common.machine import choose_device, in_batches, sampling_precision
-from common.play import find_checkpoint, langevin_steps, play, print_info, read_flags
+from common.noise import Generator, noise_like
+from common.play import langevin_steps, main
 
-FOLDER = Path(__file__).resolve().parent
-LESSON = FOLDER.name
-NETWORK_OPTIONS = ("width", "patch", "blocks", "activation", "skip")  # fields of train_mnist.Config
-SAMPLERS = ("langevin",)
+LESSON, WEIGHTS = "lesson_03_ncsn", "network"  # its name, and which weights of a checkpoint samples come from
+SAMPLERS, FILLS_IN = ("langevin",), "langevin"  # common/play.py says what it takes from here
 QUICK_T = 15  # Langevin steps at each noise scale when a picture should not take long; the paper has 100
 
 
-def load_network(path: str | Path, device: torch.device) -> tuple[ScoreNetwork, dict]:
-    """The network in a checkpoint, and the checkpoint. LessonError if it cannot be used."""
-    checkpoint = load_checkpoint(path, LESSON, device, needs=("network", "config", "image_shape", "step"))
-    config, sigmas = checkpoint["config"], checkpoint["network"]["sigmas"]
-    options = {name: config[name] for name in NETWORK_OPTIONS}
-    network = ScoreNetwork(sigmas, checkpoint["image_shape"][0], **options)
-    load_weights(network, checkpoint["network"], path)
-    return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
+def make_network(config, channels: int, weights: dict) -> ScoreNetwork:
+    """The network of a configuration, with the noise scales of `weights` but not its weights."""
+    options = {name: getattr(config, name) for name in ("width", "patch", "blocks", "activation", "skip")}
+    return ScoreNetwork(weights["sigmas"], channels, **options)
+
+
+def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
+    """How often the network is called for each image: T times at each noise scale."""
+    return min(QUICK_T if quick else config.T, config.T) * len(network.sigmas)
 
 
 @torch.no_grad()
-def draw(network, shape: tuple, noise, calls: int, config: dict, precision: str, stop=(), bar=None) -> list[Tensor]:
-    """Images of `shape` (N, C, H, W) after each noise scale; ends early if `stop` becomes true.
-
-    noise(x): normal noise like x, as from common.noise; calls: network calls for each image; `bar` is told of each;
-    config: has the T and epsilon of the training run.
-    """
-    sigmas, frames = network.sigmas, []
-    T = langevin_steps(calls, len(sigmas))
-    epsilon = langevin_step_size(sigmas, T, config["T"], config["epsilon"])
-    score = in_batches(network, precision, sigmas.device, bar)
-    x = torch.special.ndtr(noise(torch.empty(shape, device=sigmas.device)))  # uniform in [0, 1]
-    for frame in annealed_langevin_dynamics(score, x, sigmas, T, epsilon, noise):
-        frames.append(frame)
-        if stop:
-            return frames
-    check_finite(frames[-1])
-    return frames
+def draw(network, config, shape: tuple, generator: Generator, sampler: str, calls: int) -> Iterator[Tensor]:
+    """Yields images of `shape` (N, C, H, W) after each noise scale, with so many network calls."""
+    sigmas, T = network.sigmas, langevin_steps(calls, len(network.sigmas))
+    epsilon = langevin_step_size(sigmas, T, config.T, config.epsilon)
+    x = torch.special.ndtr(noise_like(torch.empty(shape, device=sigmas.device), generator))  # uniform in [0, 1]
+    yield from annealed_langevin_dynamics(network, x, sigmas, T, epsilon, generator)
 
 
-def main() -> None:
-    """Reads the flags, and makes the pictures that they ask for."""
-    options, device = read_flags(__doc__, SAMPLERS), choose_device("auto")
-    path = find_checkpoint(options.checkpoint, FOLDER)
-    network, checkpoint = load_network(path, device)
-    if options.info:
-        return print_info(checkpoint, network, path)
-    sigmas, config = network.sigmas, checkpoint["config"]
-    calls = options.calls or min(QUICK_T, config["T"]) * len(sigmas)
-    precision = sampling_precision(options.precision, checkpoint, network)
+@torch.no_grad()
+def fill_in(network, config, y: Tensor, known: Tensor, generator: Generator, calls: int) -> Tensor:
+    """Images y (N, C, H, W) with other pixels where known (1, 1, H, W) is 0."""
+    sigmas, T = network.sigmas, langevin_steps(calls, len(network.sigmas))
+    start, epsilon = (
+        torch.special.ndtr(noise_like(y, generator)),
+        langevin_step_size(sigmas, T, config.T, config.epsilon),
+    )
+    *_, x = inpaint(network, y, known, start, sigmas, T, epsilon, generator)
+    return x * (1 - known) + y * known
 
-    def sample(shape, noise, bar):
-        return draw(network, shape, noise, calls, config, precision, bar=bar)
 
-    def fill_in(y, known, noise, bar):
-        score, start = in_batches(network, precision, device, bar), torch.special.ndtr(noise(y))
-        T = langevin_steps(calls, len(sigmas))
-        epsilon = langevin_step_size(sigmas, T, config["T"], config["epsilon"])
-        *_, x = inpaint(score, y, known, start, sigmas, T, epsilon, noise)
-        return x * (1 - known) + y * known
+def noise_levels(network, config) -> list[str]:
+    """The names of the noise levels, from the noisiest on."""
+    return [f"sigma {sigma:.4g}" for sigma in network.sigmas.tolist()]
 
-    def guess(x, i):
-        return tweedie(in_batches(network, precision, device), x, sigmas, i)
 
-    play(options, checkpoint, sigmas, calls, sample, fill_in, guess)
+@torch.no_grad()
+def noise_and_guess(network, config, x: Tensor, z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Images x (N, C, H, W) with noise z of level k, and the clean images that the network sees in them."""
+    noisy = x + network.sigmas[k] * z
+    return noisy, tweedie(network, noisy, network.sigmas, torch.full((len(x),), k, device=x.device))
 
 
 if __name__ == "__main__":
-    run(main)
+    main(sys.modules[__name__])

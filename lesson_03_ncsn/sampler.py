@@ -5,21 +5,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from common.noise import Generator, noise_like
+
 Score = Callable[[Tensor, Tensor], Tensor]  # (x, i) -> the score, shaped like x
-Noise = torch.Generator | Callable[[Tensor], Tensor] | None  # where random numbers come from
-
-
-def noise_like(x: Tensor, generator: Noise) -> Tensor:
-    """Standard normal noise of x's shape: made by a function, or by a generator on its device."""
-    if callable(generator):
-        return generator(x)
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device).to(x.device)
 
 
 @torch.no_grad()
 def annealed_langevin_dynamics(
-    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
+    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Generator = None
 ) -> Iterator[Tensor]:
     """Algorithm 1 of the NCSN paper. x (B, C, H, W) is the start; yields x after each of the L noise scales.
 
@@ -36,7 +29,14 @@ def annealed_langevin_dynamics(
 
 @torch.no_grad()
 def inpaint(
-    score: Score, y: Tensor, known: Tensor, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
+    score: Score,
+    y: Tensor,
+    known: Tensor,
+    x: Tensor,
+    sigmas: Tensor,
+    T: int,
+    epsilon: float,
+    generator: Generator = None,
 ) -> Iterator[Tensor]:
     """Algorithm 2 of the NCSN paper: Algorithm 1 that holds the known pixels of y at the noise of each scale.
 

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from noise_scales import geometric_noise_scales
 from sampler import annealed_langevin_dynamics
 
-from common.cli import check_positive, run
+from common.cli import run
+from common.config import check_range
 from common.files import atomic_write
 
 WEIGHTS = torch.tensor([0.2, 0.8])
@@ -95,7 +96,8 @@ def main() -> None:
     parser.add_argument("--T", type=int, default=100, help="steps at each of ten noise scales (default: 100)")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder (default: output)")
     options = parser.parse_args()
-    check_positive(options, "steps", "num", "T")
+    for name in ("steps", "num", "T"):
+        check_range(f"--{name}", getattr(options, name))
     torch.manual_seed(0)
 
     true = show_field(true_score, "the score of the data", options.output / "toy_true_score.png")

@@ -44,7 +44,9 @@ def largest_pairwise_distance(images: Tensor) -> float:
             best = square.max().item()
             row, column = divmod(square.argmax().item(), len(b))
             pair = order[start + row], order[start + column]
-    return (x[pair[0]].double() - x[pair[1]].double()).norm().item()  # without the rounding of the matrix product
+    return (
+        (x[pair[0]].cpu().double() - x[pair[1]].cpu().double()).norm().item()
+    )  # without the rounding of the matrix product
 
 
 def noise_scale_ratio(dimension: int, overlap: float = 0.5) -> float:

@@ -1,6 +1,7 @@
-"""Draw from a trained network, fill in, walk between digits: `python sample.py`, and look at output/drawn.png."""
+"""Sample from a trained network, inpaint, interpolate: `python sample.py`, and look at output/drawn.png."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,84 +20,70 @@ from sampler import (
 )
 from score_network import ScoreNetwork
 
-from common.checkpoint import load_checkpoint, load_weights
-from common.cli import run
 from common.errors import LessonError
-from common.images import check_finite
-from common.machine import choose_device, in_batches, sampling_precision
-from common.play import choose_noise_scales, find_checkpoint, langevin_steps, play, print_info, read_flags
+from common.noise import Generator, noise_like
+from common.play import evenly, langevin_steps, main
 
-FOLDER = Path(__file__).resolve().parent
-LESSON = FOLDER.name
-NETWORK_OPTIONS = ("width", "patch", "blocks", "activation", "skip")  # fields of train_mnist.Config
-SAMPLERS = ("consistent", "langevin")
+LESSON, WEIGHTS = "lesson_04_ncsnv2", "ema"  # its name, and which weights of a checkpoint samples come from
+SAMPLERS, FILLS_IN = ("consistent", "langevin"), "langevin"  # common/play.py says what it takes from here
 ETA = 0.4  # of consistent annealed sampling: less leaves noise in a few images, more makes them less varied
 
 
-def load_network(path: str | Path, device: torch.device) -> tuple[ScoreNetwork, dict]:
-    """The network in a checkpoint, with its averaged weights, and the checkpoint. LessonError if it cannot be used."""
-    checkpoint = load_checkpoint(path, LESSON, device, needs=("ema", "config", "image_shape", "step"))
-    config, sigmas = checkpoint["config"], checkpoint["ema"]["sigmas"]
-    options = {name: config[name] for name in NETWORK_OPTIONS}
-    network = ScoreNetwork(sigmas, checkpoint["image_shape"][0], **options)
-    load_weights(network, checkpoint["ema"], path)
-    return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
+def make_network(config, channels: int, weights: dict) -> ScoreNetwork:
+    """The network of a configuration, with the noise scales of `weights` but not its weights."""
+    options = {name: getattr(config, name) for name in ("width", "patch", "blocks", "activation", "skip")}
+    return ScoreNetwork(weights["sigmas"], channels, **options)
+
+
+def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
+    """How often the network is called for each image: T at each noise scale, and once to denoise."""
+    return (config.T if sampler == "langevin" else 1) * len(network.sigmas) + 1
 
 
 @torch.no_grad()
-def draw(network, shape: tuple, noise, sampler: str, calls: int, precision: str, stop=(), bar=None) -> list[Tensor]:
-    """Images of `shape` (N, C, H, W) after each noise scale and, last, denoised; ends early if `stop` becomes true.
+def draw(network, config, shape: tuple, generator: Generator, sampler: str, calls: int) -> Iterator[Tensor]:
+    """Yields images of `shape` (N, C, H, W) after each noise scale and, last, denoised, with so many network calls.
 
-    noise(x): normal noise like x, as from common.noise; calls: network calls for each image; `bar` is told of each.
     With fewer calls than noise scales, consistent sampling takes some of the scales only, evenly chosen.
     """
-    sigmas, frames = network.sigmas, []
-    score = in_batches(network, precision, sigmas.device, bar)
-    x = sigmas[0] * noise(torch.empty(shape, device=sigmas.device))
+    sigmas = network.sigmas
+    x = sigmas[0] * noise_like(torch.empty(shape, device=sigmas.device), generator)
     if sampler == "langevin":
         T = langevin_steps(calls, len(sigmas), 1)
-        steps = annealed_langevin_dynamics(score, x, sigmas, T, langevin_step_size(sigmas, T), noise)
+        steps = annealed_langevin_dynamics(network, x, sigmas, T, langevin_step_size(sigmas, T), generator)
     elif calls < 3:
         raise LessonError(f"--calls {calls}: consistent sampling needs at least 3, two noise scales and one to denoise")
     else:
-        some = choose_noise_scales(sigmas, calls - 1)
+        some = evenly(len(sigmas), calls - 1).to(sigmas.device)
         epsilon = max(ETA, smallest_eta(sigmas[some])) * float(sigmas[-1]) ** 2
         T = (calls - 1) // len(some)
-        steps = consistent_annealed_sampling(lambda x, i: score(x, some[i]), x, sigmas[some], T, epsilon, noise)
-    for frame in steps:
-        frames.append(frame)
-        if stop:
-            return frames
-    check_finite(frames[-1])
-    return [*frames, denoise(score, frames[-1], sigmas)]
+        score = lambda x, i: network(x, some[i])
+        steps = consistent_annealed_sampling(score, x, sigmas[some], T, epsilon, generator)
+    for x in steps:
+        yield x
+    yield denoise(network, x, sigmas)
 
 
-def main() -> None:
-    """Reads the flags, and makes the pictures that they ask for."""
-    options, device = read_flags(__doc__, SAMPLERS), choose_device("auto")
-    path = find_checkpoint(options.checkpoint, FOLDER)
-    network, checkpoint = load_network(path, device)
-    if options.info:
-        return print_info(checkpoint, network, path)
-    sigmas = network.sigmas
-    T = checkpoint["config"]["T"] if options.sampler == "langevin" else 1
-    calls = options.calls or T * len(sigmas) + 1
-    precision = sampling_precision(options.precision, checkpoint, network)
+@torch.no_grad()
+def fill_in(network, config, y: Tensor, known: Tensor, generator: Generator, calls: int) -> Tensor:
+    """Images y (N, C, H, W) with other pixels where known (1, 1, H, W) is 0."""
+    sigmas, T = network.sigmas, langevin_steps(calls, len(network.sigmas), 1)
+    start = sigmas[0] * noise_like(y, generator)
+    *_, x = inpaint(network, y, known, start, sigmas, T, langevin_step_size(sigmas, T), generator)
+    return denoise(network, x, sigmas) * (1 - known) + y * known
 
-    def sample(shape, noise, bar):
-        return draw(network, shape, noise, options.sampler, calls, precision, bar=bar)
 
-    def fill_in(y, known, noise, bar):
-        score, start = in_batches(network, precision, device, bar), sigmas[0] * noise(y)
-        T = langevin_steps(calls, len(sigmas), 1)
-        *_, x = inpaint(score, y, known, start, sigmas, T, langevin_step_size(sigmas, T), noise)
-        return denoise(score, x, sigmas) * (1 - known) + y * known
+def noise_levels(network, config) -> list[str]:
+    """The names of the noise levels, from the noisiest on."""
+    return [f"sigma {sigma:.4g}" for sigma in network.sigmas.tolist()]
 
-    def guess(x, i):
-        return tweedie(in_batches(network, precision, device), x, sigmas, i)
 
-    play(options, checkpoint, sigmas, calls, sample, fill_in, guess)
+@torch.no_grad()
+def noise_and_guess(network, config, x: Tensor, z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Images x (N, C, H, W) with noise z of level k, and the clean images that the network sees in them."""
+    noisy = x + network.sigmas[k] * z
+    return noisy, tweedie(network, noisy, network.sigmas, torch.full((len(x),), k, device=x.device))
 
 
 if __name__ == "__main__":
-    run(main)
+    main(sys.modules[__name__])

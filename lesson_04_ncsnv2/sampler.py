@@ -12,21 +12,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from common.noise import Generator, noise_like
+
 Score = Callable[[Tensor, Tensor], Tensor]  # (x, i) -> the score, shaped like x
-Noise = torch.Generator | Callable[[Tensor], Tensor] | None  # where random numbers come from
-
-
-def noise_like(x: Tensor, generator: Noise) -> Tensor:
-    """Standard normal noise of x's shape: made by a function, or by a generator on its device."""
-    if callable(generator):
-        return generator(x)
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device).to(x.device)
 
 
 @torch.no_grad()
 def annealed_langevin_dynamics(
-    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
+    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Generator = None
 ) -> Iterator[Tensor]:
     """Algorithm 1 of the NCSNv2 paper. x (B, C, H, W) is the start; yields x after each of the L noise scales.
 
@@ -43,7 +36,14 @@ def annealed_langevin_dynamics(
 
 @torch.no_grad()
 def inpaint(
-    score: Score, y: Tensor, known: Tensor, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
+    score: Score,
+    y: Tensor,
+    known: Tensor,
+    x: Tensor,
+    sigmas: Tensor,
+    T: int,
+    epsilon: float,
+    generator: Generator = None,
 ) -> Iterator[Tensor]:
     """Algorithm 2 of the NCSN paper: Algorithm 1 that holds the known pixels of y at the noise of each scale.
 
@@ -85,7 +85,7 @@ def langevin_step_size(sigmas: Tensor, T: int) -> float:
     r = torch.logspace(-8, 0, 1_000_001, dtype=torch.float64)  # neighbours differ by 2e-5 of themselves
     b = 2 / (2 - r)
     variance_ratio = (1 - r) ** (2 * T) * (gamma**2 - b) + b
-    return float(r[variance_ratio.argmin()] * sigmas[-1].double() ** 2)
+    return float(r[int(variance_ratio.argmin())]) * float(sigmas[-1]) ** 2
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def smallest_eta(sigmas: Tensor) -> float:
 
 @torch.no_grad()
 def consistent_annealed_sampling(
-    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
+    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Generator = None
 ) -> Iterator[Tensor]:
     """Algorithm 1's fresh noise, set so that x holds exactly the noise that the next step expects.
 

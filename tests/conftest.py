@@ -1,13 +1,15 @@
 """What several test files share: the lessons that have the same interface, and random numbers that never change."""
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis
 import pytest
 import torch
 
-LESSONS = ("lesson_03_ncsn", "lesson_04_ncsnv2")
+ROOT = Path(__file__).resolve().parents[1]
+LESSONS = tuple(sorted(path.parent.name for path in ROOT.glob("lesson_*/train_mnist.py")))
 
 hypothesis.settings.register_profile("the same every time", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("the same every time")

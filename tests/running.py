@@ -17,10 +17,13 @@ import torch
 
 import common.cli
 import common.data
+import common.play
+import common.run
 import common.training_log
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # networks as small as these only lose time with more threads
+FEW_SCALES = {"lesson_03_ncsn": ("--L", 3, "--T", 1), "lesson_04_ncsnv2": ("--overlap", 0.01)}
 
 
 @dataclass
@@ -61,20 +64,28 @@ def some_pictures(config):
     return common.data.load_pictures(config) if config.images else some_images(config.dataset)
 
 
-def run_here(lesson, *flags, name="train_mnist"):
-    """Runs the main() of a lesson's script in this process, with the first 1000 digits and an empty loss.png."""
+def run_here(lesson, *flags, name="train_mnist", **patches):
+    """Runs a lesson's script in this process, with the first 1000 digits and an empty loss.png.
+
+    patches: {name: value} that the lesson's train_mnist.py, or sample.py, has in place of its own.
+    """
     module, out, err = script(lesson, name), io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        patch.setattr(module, "load_pictures", some_pictures, raising=False)
+        patch.setattr(common.run, "load_pictures", some_pictures)
         # Drawing the plot takes half of the time of such a short run
-        patch.setattr(common.training_log, "save_loss_plot", lambda *arguments, reference: arguments[-1].touch())
+        patch.setattr(common.training_log, "save_loss_plot", lambda *arguments: arguments[-2].touch())
+        for key, value in patches.items():
+            patch.setattr(module, key, value)
         try:
             torch.set_num_threads(1)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
-                common.cli.run(module.main)
+                if name == "sample":
+                    common.play.main(module)
+                else:
+                    common.run.start(module.train, module.Config, module.PRESETS, module.LESSON)
         finally:
             torch.set_num_threads(threads)
             for number, handler in handlers.items():
@@ -82,15 +93,17 @@ def run_here(lesson, *flags, name="train_mnist"):
     code = ended.value.code
     if isinstance(code, str):  # Python prints it, and exits with 1
         return Result(1, out.getvalue(), err.getvalue() + code + "\n")
-    return Result(code, out.getvalue(), err.getvalue())
+    return Result(code or 0, out.getvalue(), err.getvalue())
 
 
-def quick(lesson, *flags):
+def quick(lesson, *flags, **patches):
     """run_here for the shortest run that makes every kind of file: 5 steps, no previews, one checkpoint."""
-    few_scales = ("--L", 3, "--T", 1) if lesson == "lesson_03_ncsn" else ("--overlap", 0.01)
-    return run_here(
-        lesson, "--smoke", "--precision", "float32", "--steps", 5, "--preview-every", 1000, *few_scales, *flags
-    )
+    flags = ("--steps", 5, "--preview-every", 1000, *FEW_SCALES.get(lesson, ()), *flags)
+    return run_here(lesson, "--smoke", "--device", "cpu", "--precision", "float32", *flags, **patches)
+
+
+def read_checkpoint(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 
 
 def hashes(folder):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.running import ROOT, hashes, quick, run, run_here
 
@@ -74,31 +75,31 @@ FLAGS = [
     ("--clip nan", 1, "--clip must be greater than zero"),
     ("--focus -1", 1, "--focus must lie between 0 and "),
     ("--focus nan", 1, "--focus must lie between 0 and "),
-    ("--sigma-L 0", 1, "--sigma-L must be greater than zero"),
-    ("--sigma-L nan", 1, "--sigma-L must be greater than zero"),
-    ("--sigma-L 2", 1, "--sigma-L must lie between"),
+    ("--sigma-L 0", 1, "--sigma-L must lie between 1e-06 and "),
+    ("--sigma-L nan", 1, "--sigma-L must lie between"),
+    ("--sigma-L 2000", 1, "--sigma-L must lie between"),
     ("--T 0", 1, "--T must be greater than zero"),
-    ("--channels 2", 1, "--channels 2: choose one of 1, 3"),
-    ("--image-size 15", 1, "--image-size 15: choose one of 16, 18, "),
+    ("--channels 2", 2, "--channels: invalid choice: 2 (choose from "),
+    ("--image-size 15", 2, "--image-size: invalid choice: 15 (choose from "),
     ("--preview-every 0", 1, "--preview-every must be greater than zero"),
     ("--warmup -1", 1, "--warmup must lie between 0 and "),
     ("--minutes -1", 1, "--minutes must lie between 0 and "),
     ("--minutes nan", 1, "--minutes must lie between 0 and "),
     ("--seed 99999999999999999999", 1, "--seed must lie between"),
-    ("--dataset imagenet", 1, "--dataset imagenet: choose one of mnist, color_mnist, fashion_mnist, cifar10"),
-    ("--activation gelu", 1, "--activation gelu: choose one of elu, relu, silu"),
-    ("--optimizer sgd", 1, "--optimizer sgd: choose one of adam, muon"),
-    ("--decay linear", 1, "--decay linear: choose one of cosine, constant"),
-    ("--patch 3", 1, "--patch 3: choose one of 1, 2"),
-    ("--precision float16", 1, "--precision float16: choose one of auto, float32, bfloat16"),
-    ("--device tpu", 1, "--device tpu: choose one of auto, cpu, cuda, mps"),
+    ("--dataset imagenet", 2, "--dataset: invalid choice: 'imagenet' (choose from "),
+    ("--activation gelu", 2, "--activation: invalid choice: 'gelu' (choose from "),
+    ("--optimizer sgd", 2, "--optimizer: invalid choice: 'sgd' (choose from "),
+    ("--decay linear", 2, "--decay: invalid choice: 'linear' (choose from "),
+    ("--patch 3", 2, "--patch: invalid choice: 3 (choose from "),
+    ("--precision float16", 2, "--precision: invalid choice: 'float16' (choose from "),
+    ("--device tpu", 2, "--device: invalid choice: 'tpu' (choose from "),
 ]
 FLAGS_OF_LESSON_3 = [
     ("--L 1", 1, "--L must lie between 2 and "),
     ("--L -3", 1, "--L must lie between 2 and "),
     ("--sigma-1 nan", 1, "--sigma-1 must lie between"),
     ("--sigma-1 inf", 1, "--sigma-1 must lie between"),
-    ("--sigma-1 0.005", 1, "--sigma-L must lie between"),  # below sigma_L
+    ("--sigma-1 0.005", 1, "noise scales cannot be made of these flags and data: "),  # below sigma_L
     ("--epsilon 0", 1, "--epsilon must be greater than zero"),
     ("--epsilon nan", 1, "--epsilon must be greater than zero"),
 ]
@@ -135,6 +136,14 @@ def test_flags_of_lesson_3(earlier, flags, status, expected):
 @pytest.mark.parametrize("flags, status, expected", FLAGS_OF_LESSON_4)
 def test_flags_of_lesson_4(earlier, flags, status, expected):
     check_flags("lesson_04_ncsnv2", earlier, flags, status, expected)
+
+
+def test_pictures_that_are_all_alike(earlier, tmp_path):
+    """Technique 1 computes a largest noise scale of 0 from them."""
+    (tmp_path / "pictures").mkdir()
+    for name in "ab":
+        Image.new("L", (20, 20), 128).save(tmp_path / "pictures" / f"{name}.png")
+    check_flags("lesson_04_ncsnv2", earlier, f"--images {tmp_path / 'pictures'}", 1, "noise scales cannot be made of")
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -272,19 +281,24 @@ def test_a_checkpoint_that_is_further_than_asked_for(lesson, copied):
         lambda checkpoint: checkpoint["network"].pop("last.weight"),
         lambda checkpoint: checkpoint["config"].update(depth=3),  # of another version of the lesson
         lambda checkpoint: checkpoint.pop("config"),
+        lambda checkpoint: checkpoint.pop("network"),
+        lambda checkpoint: checkpoint.pop("device"),
+        lambda checkpoint: checkpoint["network"].pop("sigmas"),
         lambda checkpoint: checkpoint.pop("optimizer"),
-        lambda checkpoint: checkpoint["optimizer"]["parts"].pop(),
-        lambda checkpoint: checkpoint["optimizer"]["parts"][0]["param_groups"].pop(),
+        lambda checkpoint: checkpoint["optimizer"].pop("adam"),
+        lambda checkpoint: checkpoint["optimizer"]["adam"]["param_groups"].pop(),
+        lambda checkpoint: checkpoint["optimizer"]["momentum"].pop(),
+        lambda checkpoint: checkpoint["optimizer"]["momentum"][0].resize_(3),
         lambda checkpoint: checkpoint.update(generator=torch.zeros(3)),
         lambda checkpoint: checkpoint.pop("log"),
     ],
-    ids=["width", "weights", "field", "config", "optimizer", "part", "group", "generator", "log"],
+    ids=["width", "weights", "field", "config", "network", "device", "sigmas", "optimizer", "adam", "group", "momentum", "shape", "generator", "log"],
 )
 def test_a_checkpoint_whose_parts_do_not_fit(lesson, copied, damage):
     checkpoint = torch.load(copied / "checkpoint.pt", weights_only=True)
     damage(checkpoint)
     torch.save(checkpoint, copied / "checkpoint.pt")
-    check_resume(lesson.name, copied, "checkpoint.pt")
+    check_resume(lesson.name, copied, "checkpoint.pt|noise scales cannot be made of .*: 'sigmas'")
 
 
 def test_resume_in_a_process_of_its_own(tmp_path):

@@ -185,8 +185,10 @@ def test_load_folder_keeps_the_centre_square(folder):
     assert images.dtype == torch.uint8
     assert images.is_contiguous()
     assert images.shape == (1, 3, 8, 8)
-    assert (images == torch.tensor([255, 0, 0]).view(1, 3, 1, 1)).all()
-    assert load_folder(folder, 8, 1).unique().tolist() == [76]  # 0.299 of 255
+    red = torch.tensor([255, 0, 0]).view(1, 3, 1, 1)
+    assert (images[..., 3:-3] == red).all()
+    assert (images.int() - red).abs().max() < 30  # near the edge, Lanczos looks a little way over it
+    assert load_folder(folder, 8, 1)[..., 3:-3].unique().tolist() == [76]  # 0.299 of 255
 
 
 def test_load_folder_reads_every_kind_in_order(tmp_path, capsys):

@@ -7,7 +7,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from common.data import load_images, load_labels
-from common.digit_classifier import WEIGHTS, DigitClassifier, accuracy, jitter, load_classifier
+from common.digit_classifier import WEIGHTS, DigitClassifier, load_classifier
 from common.digit_metrics import (
     class_histogram,
     digit_features,
@@ -20,6 +20,10 @@ from common.digit_metrics import (
 )
 from common.errors import LessonError
 from tests.running import ENVIRONMENT, ROOT
+
+sys.path.append(str(ROOT / "docs"))
+
+from train_judge import accuracy, jitter
 
 
 def generator(seed=0):
@@ -75,7 +79,7 @@ def test_missing_and_damaged_weights_are_one_line(tmp_path):
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(WEIGHTS.read_bytes()[:1000])
     for path in (tmp_path / "missing.pt", damaged):
-        with pytest.raises(LessonError, match="python -m common.digit_classifier"):
+        with pytest.raises(LessonError, match="python docs/train_judge.py"):
             load_classifier(path)
 
 

@@ -124,8 +124,8 @@ def plot(path, S, bands=3, reference=392.0):
     losses = 10 + 300 * torch.rand(S, bands, generator=generator)
     known = losses.masked_fill(torch.rand(S, bands, generator=generator) < 0.5, float("nan"))
     known[:, -1] = float("nan")  # a band that never had a sample
-    labels = [f"band {k}" for k in range(bands)]
-    save_loss_plot(list(range(S)), losses.mean(1).tolist(), known.tolist(), labels, path, reference)
+    rows = torch.cat([torch.arange(S)[:, None], losses.mean(1, keepdim=True), known], 1).tolist()
+    save_loss_plot(rows, [f"band {k}" for k in range(bands)], path, reference)
 
 
 @pytest.mark.parametrize("S", [0, 1, 500])
@@ -140,8 +140,8 @@ def test_loss_plot_draws_means_bands_and_the_reference(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: figures.append(figure))
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it is an error
-    losses, bands = [4.0] * 199 + [float("nan")], [[2.0, k % 2] for k in range(200)]
-    save_loss_plot(range(200), losses, bands, ["a", "b"], tmp_path / "x.png", reference=50)
+    rows = [[k, 4.0 if k < 199 else float("nan"), 2.0, k % 2] for k in range(200)]
+    save_loss_plot(rows, ["a", "b"], tmp_path / "x.png", reference=50)
     left, right = figures[0].axes
     raw, mean = left.lines
     assert len(raw.get_xdata()) == 200

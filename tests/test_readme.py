@@ -80,7 +80,7 @@ def test_every_number_of_ours_is_explained(name):
 
 
 def comments(module):
-    from common.cli import field_comments
+    from common.config import field_comments
 
     return field_comments(module.Config)
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,9 @@ from PIL import Image
 import common.data
 import common.pretrained
 import lesson_03_ncsn.sampler
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.checkpoint import load_network, save_checkpoint
 from common.errors import LessonError
-from common.machine import sampling_precision
-from common.noise import InterpolatedNoise, JoinedNoise, SeededNoise
+from common.noise import SeededNoise, noise_like
 from common.play import read_mask
 from lesson_04_ncsnv2.noise_scales import geometric_noise_scales
 from lesson_04_ncsnv2.sampler import denoise
@@ -36,8 +36,13 @@ def sample(lesson, *flags, few=FEW):
     return result
 
 
+def shipped(lesson):
+    """The network, the configuration and the checkpoint in a lesson's pretrained.pt."""
+    return load_network(script(lesson.name, "sample"), ROOT / lesson.name / "pretrained.pt", torch.device("cpu"))
+
+
 def done(result):
-    assert result.status in (0, None), result.stderr
+    assert result.status == 0, result.stderr
     return result.stdout
 
 
@@ -101,13 +106,12 @@ def test_ones_own_checkpoint_comes_first(lesson, tmp_path, monkeypatch):
 
 def test_info(lesson):
     text = done(sample(lesson.name, "--info"))
-    sigmas = load_checkpoint(ROOT / lesson.name / "pretrained.pt", lesson.name)
-    sigmas = sigmas["ema" if "ema" in sigmas else "network"]["sigmas"]
-    network, _ = script(lesson.name, "sample").load_network(ROOT / lesson.name / "pretrained.pt", torch.device("cpu"))
+    network = shipped(lesson)[0]
     assert f"{sum(p.numel() for p in network.parameters()):,}" in text
     assert f"{lesson.name}, step {script(lesson.name).Config().steps}" in text
-    printed = [float(word) for word in text.partition("times the next:")[2].split()]
-    assert printed == [float(f"{sigma:.4g}") for sigma in sigmas.tolist()]
+    assert f"noise       {len(network.sigmas)} levels:\n" in text
+    printed = [float(word) for word in re.findall(r"sigma (\S+)", text.partition("levels:")[2])]
+    assert printed == [float(f"{sigma:.4g}") for sigma in network.sigmas.tolist()]
     for name in ("width", "batch_size", "learning_rate"):
         assert re.search(rf"{name} +{getattr(script(lesson.name).Config(), name)}\n", text)
 
@@ -169,24 +173,66 @@ def test_gif_and_strip(lesson, tmp_path):
     assert len(strip) == 8 and np.array_equal(strip[:, -1], grid[0])  # the last moment is the sample
 
 
+class Counting:
+    """A score of zero with a lesson's noise scales, that counts its calls and remembers where it was asked first."""
+
+    def __init__(self, sigmas):
+        self.sigmas, self.calls, self.levels, self.first = sigmas, 0, [], None
+
+    def __call__(self, x, i):
+        self.calls, self.first = self.calls + 1, x if self.first is None else self.first
+        self.levels.append(int(i[0]))
+        return torch.zeros_like(x)
+
+
+def counted(lesson, sampler, calls=None, **config):
+    """The score after one use of the lesson's `draw`, and the frames."""
+    module, (network, trained, _) = script(lesson.name, "sample"), shipped(lesson)
+    score, trained = Counting(network.sigmas), SimpleNamespace(**{**vars(trained), **config})
+    calls = calls or module.number_of_calls(network, trained, sampler)
+    return score, list(module.draw(score, trained, (50, 1, 8, 8), SeededNoise(range(50)), sampler, calls))
+
+
 def test_calls_decide_how_often_the_network_is_called(lesson):
-    module, counted = script(lesson.name, "sample"), []
-    network, _ = module.load_network(ROOT / lesson.name / "pretrained.pt", torch.device("cpu"))
-
-    class Bar:
-        def update(self, n):
-            counted.append(n)
-
-    def calls(*arguments):
-        counted.clear()
-        module.draw(network, (2, 1, 28, 28), SeededNoise(0, 2), *arguments, "float32", bar=Bar())
-        return sum(counted) / 2
-
     if lesson.name == "lesson_03_ncsn":
-        assert [calls(n, {"T": 100, "epsilon": 2e-5}) for n in (10, 25)] == [10, 20]
+        assert [counted(lesson, "langevin", n)[0].calls for n in (10, 25)] == [10, 20]
     else:
-        assert [calls("langevin", n) for n in (97, 200)] == [97, 193]
-        assert [calls("consistent", n) for n in (3, 20, 97, 200)] == [3, 20, 97, 193]
+        assert [counted(lesson, "langevin", n)[0].calls for n in (97, 200)] == [97, 193]
+        assert [counted(lesson, "consistent", n)[0].calls for n in (3, 20, 97, 200)] == [3, 20, 97, 193]
+
+
+def test_samples_start_from_what_the_first_step_expects(lesson):
+    """Lesson 3 from uniform noise in [0, 1], as the paper; lesson 4 from noise of the largest scale."""
+    for sampler in script(lesson.name, "sample").SAMPLERS:
+        score, _ = counted(lesson, sampler)
+        if lesson.name == "lesson_03_ncsn":
+            assert 0 <= score.first.min() < 0.01 and 0.99 < score.first.max() <= 1
+            assert float(score.first.std()) == pytest.approx(12**-0.5, rel=0.05)
+        else:
+            assert float(score.first.std()) == pytest.approx(float(score.sigmas[0]), rel=0.05)
+        assert score.levels[0] == 0 and score.levels[-1] == len(score.sigmas) - 1
+
+
+def test_the_noise_that_a_sampler_adds_has_the_size_of_the_step_that_was_asked_for(lesson):
+    """With a score of zero, x is the start and the sum of all noise: the variances of Algorithm 1, added up."""
+    score, frames = counted(lesson, "langevin", 4 * len(shipped(lesson)[0].sigmas) + 1)
+    sigmas, T = score.sigmas.double(), 4
+    if lesson.name == "lesson_03_ncsn":
+        start, alpha = 1 / 12, lesson.sampler.langevin_step_size(sigmas, T, 100, 2e-5) * sigmas**2 / sigmas[-1] ** 2
+    else:
+        start, alpha = sigmas[0] ** 2, 2 * lesson.sampler.langevin_step_size(sigmas, T) * sigmas**2 / sigmas[-1] ** 2
+    assert float(frames[-1].double().var()) == pytest.approx(float(start + T * alpha.sum()), rel=0.05)
+
+
+def test_completions_of_lesson_4_end_with_the_denoising_step(lesson):
+    module, (network, config, _) = script(lesson.name, "sample"), shipped(lesson)
+    y, known, L = torch.rand(3, 1, 8, 8), torch.zeros(1, 1, 8, 8), len(network.sigmas)
+    known[..., :4] = 1
+    score = Counting(network.sigmas)
+    made = module.fill_in(score, config, y, known, SeededNoise(range(3)), 2 * L + 1)
+    assert torch.equal(made[..., :4], y[..., :4]) and not torch.equal(made[..., 4:], y[..., 4:])
+    assert score.levels[: 2 * L] == [n for n in range(L) for _ in range(2)]
+    assert score.levels[2 * L :] == ([L - 1] if lesson.name == "lesson_04_ncsnv2" else [])
 
 
 def test_fewer_langevin_steps_are_as_much_longer():
@@ -242,21 +288,30 @@ def test_the_ends_of_an_interpolation_are_the_samples(lesson, tmp_path):
     assert not np.array_equal(rows[0, 4], rows[0, 5])
 
 
-def test_interpolated_noise_is_standard_normal_all_the_way():
-    x = torch.empty(9, 1, 200, 200)
-    noise, a, b = InterpolatedNoise(1, 2, 9), SeededNoise(1, 1), SeededNoise(2, 1)
+def test_seeded_noise_is_a_stream_for_each_seed():
+    x = torch.empty(3, 2, 5, 5)
+    noise, alone = SeededNoise([4, 5, 6]), SeededNoise([5])
     for _ in range(2):  # the second call continues each stream
-        z = noise(x)
-        assert torch.equal(z[:1], a(x[:1])) and torch.equal(z[-1:], b(x[:1]))
+        assert torch.equal(noise.like(x)[1:2], alone.like(x[:1]))
+    assert noise_like(x, SeededNoise([4, 5, 6])).shape == x.shape
+    generator = torch.Generator().manual_seed(4)
+    assert torch.equal(noise_like(x[0], torch.Generator().manual_seed(4)), torch.randn(2, 5, 5, generator=generator))
+    torch.manual_seed(7)
+    z = noise_like(x)
+    torch.manual_seed(7)
+    assert torch.equal(z, torch.randn(3, 2, 5, 5))
+
+
+def test_noise_between_two_seeds_is_standard_normal_all_the_way():
+    x = torch.empty(9, 1, 200, 200)
+    noise, a, b = SeededNoise([1] * 9, [2] * 9, torch.linspace(0, 1, 9)), SeededNoise([1]), SeededNoise([2])
+    for _ in range(2):
+        z, z_a, z_b = noise.like(x), a.like(x[:1]), b.like(x[:1])
+        assert torch.equal(z[:1], z_a)
+        torch.testing.assert_close(z[-1:], z_b)
     torch.testing.assert_close(z.flatten(1).std(dim=1), torch.ones(9), rtol=0.02, atol=0)
     angle = math.pi / 2 / 8
-    torch.testing.assert_close(z[3:4], math.cos(3 * angle) * z[:1] + math.sin(3 * angle) * z[-1:])
-
-
-def test_joined_noise_gives_each_part_its_own():
-    x = torch.empty(5, 1, 4, 4)
-    z = JoinedNoise([SeededNoise(1, 2), SeededNoise(7, 3)], [2, 3])(x)
-    assert torch.equal(z, torch.cat([SeededNoise(1, 2)(x[:2]), SeededNoise(7, 3)(x[2:])]))
+    torch.testing.assert_close(z[3:4], math.cos(3 * angle) * z_a + math.sin(3 * angle) * z_b)
 
 
 def test_nearest(lesson, tmp_path):
@@ -274,9 +329,7 @@ def test_denoise(lesson, tmp_path):
     digits = torch.from_numpy(tiles(tmp_path / "f.png", 8)[:, :1]) / 255  # the same test digits
     guesses = torch.load(tmp_path / "d", weights_only=True).view(8, 2, 28, 28)
     errors = (guesses - digits[:, 0]).square().mean((1, 2, 3)).sqrt()
-    sigmas = (
-        script(lesson.name, "sample").load_network(ROOT / lesson.name / "pretrained.pt", torch.device("cpu"))[0].sigmas
-    )
+    sigmas = shipped(lesson)[0].sigmas
     some = torch.linspace(0, len(sigmas) - 1, 8).round().long().flip(0)
     assert (errors < sigmas[some]).all()  # sigma is how far the noisy picture is away
 
@@ -335,7 +388,7 @@ def test_algorithm_2_draws_the_unknown_given_the_known(lesson):
         ("--gif {dir}/x.png", "--gif .*x.png: the name must end in .gif"),
         ("--save-tensor {dir}", "cannot write .*: it is a folder; name a file"),
         ("--output {dir}/text.png/x.png", "cannot write .*x.png"),
-        ("--nearest --gif", "--gif and --strip show the way of plain samples: leave out --nearest"),
+        ("--nearest --gif", "--gif and --strip show how plain samples come about: leave out --nearest"),
         ("--checkpoint {dir}/absent.pt", "there is no file .*absent.pt"),
         ("--checkpoint {dir}/text.png", "text.png is damaged, or not a file that these lessons wrote"),
     ],
@@ -359,7 +412,7 @@ def test_flags_that_argparse_refuses(lesson, flags):
 
 
 def test_inpainting_with_another_sampler():
-    assert "--inpaint follows Algorithm 2" in line(
+    assert "--inpaint follows langevin" in line(
         sample("lesson_04_ncsnv2", "--inpaint", "left", "--sampler", "consistent")
     )
 
@@ -440,29 +493,3 @@ def test_folders_that_cannot_be_trained_on(lesson, tmp_path):
         result = run_here(lesson.name, "--smoke", "--images", folder, "--output", tmp_path / "output")
         assert expected in line(result)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_paper_on_cifar10_is_as_wide_as_the_papers(lesson):
-    module = script(lesson.name)
-
-    def width(*flags):
-        return module.parse_config(module.Config, module.PRESETS, list(flags))[0].width
-
-    assert width("--paper") == 64 and width("--paper", "--dataset", "cifar10") == 128
-    assert width("--paper", "--dataset", "cifar10", "--width", "40") == 40 and width("--dataset", "cifar10") == 32
-
-
-def test_the_precision_of_sampling_does_not_hang_on_small_differences(monkeypatch):
-    network, _ = script("lesson_04_ncsnv2", "sample").load_network(
-        ROOT / "lesson_04_ncsnv2" / "pretrained.pt", torch.device("cpu")
-    )
-
-    def chosen(name, trained, *seconds):
-        times = iter(seconds)
-        monkeypatch.setattr("common.machine.seconds_per_step", lambda step, device: next(times))
-        checkpoint = {"config": {"precision": trained}, "image_shape": (1, 28, 28)}
-        return sampling_precision(name, checkpoint, network)
-
-    assert chosen("auto", "float32") == chosen("float32", "bfloat16") == "float32"
-    assert chosen("bfloat16", "float32") == chosen("auto", "bfloat16", 1.2, 1.0) == "bfloat16"
-    assert chosen("auto", "bfloat16", 3.0, 1.0) == "float32"

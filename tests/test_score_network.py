@@ -318,6 +318,96 @@ def test_activation_gradient_is_the_numerical_one(name):
     assert torch.autograd.gradcheck(ACTIVATIONS[name], (x,))
 
 
+# The whole network
+
+
+def reference(lesson, model, x, i, skip, patch=1):
+    """The network of NCSN, App. A, and NCSNv2, App. A, written from the papers: 2W channels after the first stage,
+    one average pooling, dilations 2 and 4, four refine blocks. Each number that could be wrong is spelled out here.
+    """
+    p = dict(model.named_parameters())
+    told = lesson.name == "lesson_03_ncsn"
+    act = {"relu": F.relu, "elu": F.elu}[model.act_name]
+
+    def conv(h, name, dilation=1):
+        size = p[f"{name}.weight"].shape[-1]
+        padding = dilation if size == 3 else 0
+        return F.conv2d(h, p[f"{name}.weight"], p.get(f"{name}.bias"), padding=padding, dilation=dilation)
+
+    def norm(h, name):
+        gamma, alpha, beta = (p[f"{name}.{k}"] for k in ("gamma", "alpha", "beta"))
+        if told:
+            gamma, alpha, beta = gamma[i], alpha[i], beta[i]
+        else:
+            gamma, alpha, beta = (each.expand(len(h), -1) for each in (gamma, alpha, beta))
+        return paper_instance_norm(h, gamma, alpha, beta)
+
+    def residual(h, name, dilation=1, down=False):
+        inner = conv(act(norm(h, f"{name}.norm1")), f"{name}.conv1", dilation)
+        inner = conv(act(norm(inner, f"{name}.norm2")), f"{name}.conv2", dilation)
+        if down:
+            inner, h = (F.avg_pool2d(t, 2) for t in (inner, h))
+        if f"{name}.shortcut.weight" in p:
+            h = conv(h, f"{name}.shortcut", dilation)
+        return h + inner
+
+    def unit(h, name, before):
+        return conv(before(norm(h, f"{name}.norm") if told else h), f"{name}.conv")
+
+    def units(h, name, n):
+        for k in range(n):
+            h = h + unit(unit(h, f"{name}.units.{k}.0", act), f"{name}.units.{k}.1", act)
+        return h
+
+    def refine(inputs, name, n_out=1):
+        hs = [units(h, f"{name}.adapt.{k}", 2) for k, h in enumerate(inputs)]
+        if len(hs) > 1:
+            hs = [unit(h, f"{name}.fuse.{k}", lambda h: h) for k, h in enumerate(hs)]
+            hs = [F.interpolate(h, hs[0].shape[2:], mode="bilinear", align_corners=True) for h in hs]
+        h = path = act(sum(hs))
+        for k in range(2):
+            path = unit(path, f"{name}.pool.units.{k}", lambda h: F.avg_pool2d(h, 5, stride=1, padding=2))
+            h = h + path
+        return units(h, f"{name}.output", n_out)
+
+    if skip:
+        x = x / (1 + x.square().mean((1, 2, 3), keepdim=True)).sqrt()
+    h1 = residual(residual(conv(x, "first"), "stages.0.0"), "stages.0.1")
+    h2 = residual(residual(h1, "stages.1.0", down=True), "stages.1.1")
+    h3 = residual(residual(h2, "stages.2.0", 2), "stages.2.1", 2)
+    h4 = residual(residual(h3, "stages.3.0", 4), "stages.3.1", 4)
+    h = refine([h4], "cascade.0")
+    h = refine([h3, h], "cascade.1")
+    h = refine([h2, h], "cascade.2")
+    h = refine([h1, h], "cascade.3", n_out=3)
+    h = conv(act(norm(h, "norm")), "last")
+    h = h - x if skip else h
+    return h if told else h / SIGMAS.double()[i][:, None, None, None]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "elu"])
+def test_the_network_is_the_papers(lesson, skip, activation):
+    model = network(lesson, width=4, blocks=2, activation=activation, skip=skip).double()
+    model.act_name = activation
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and shifts start at zero, and all should be told apart
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    i = torch.tensor([0, 3, 9])
+    x = (torch.rand(3, 1, 16, 16) + SIGMAS[i][:, None, None, None] * torch.randn(3, 1, 16, 16)).double()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, i).double(), reference(lesson, model, x, i, skip), rtol=1e-3, atol=1e-3)
+
+
+def test_lesson_3_starts_with_scores_as_large_as_they_have_to_be():
+    """Ours: gamma and alpha of the last normalisation start at 1 / sigma_i, since a score is about that large."""
+    from lesson_03_ncsn.score_network import ScoreNetwork
+
+    norm = ScoreNetwork(SIGMAS, width=32).norm
+    for parameter in (norm.gamma, norm.alpha):
+        torch.testing.assert_close(parameter.mean(1) * SIGMAS, torch.ones(10), rtol=0.05, atol=0)
+
+
 # Precision, saving
 
 

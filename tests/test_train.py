@@ -20,8 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
+import common.run
 from tests.conftest import LESSONS
-from tests.running import ENVIRONMENT, Result, command, hashes, quick, run_here, script
+from tests.running import ENVIRONMENT, Result, command, hashes, quick, read_checkpoint, run_here, script
 
 GRID = 8 * (2 * 28 + 2) + 2  # pixels: 8 images, each enlarged twice, and 2 pixels between them
 
@@ -30,10 +31,6 @@ def files_of_a_run(lesson, *previews):
     names = {"samples.png", "trajectory.gif", "loss.png", "metrics.csv", "config.json", "checkpoint.pt"}
     names |= {f"samples_step_{step:06d}.png" for step in previews}
     return names | ({"samples_before_denoising.png"} if lesson.name == "lesson_04_ncsnv2" else set())
-
-
-def read_checkpoint(folder):
-    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 
 
 def read_metrics(folder):
@@ -122,8 +119,10 @@ def test_smoke_prints_what_it_is_about_to_do(lesson, smoke):
     assert re.search(rf"^parameters +{parameters:,}$", result.stdout, re.MULTILINE)
     for name, value in json.loads((folder / "config.json").read_text()).items():
         assert re.search(rf"^  {name} +{re.escape(str(value))}$", result.stdout, re.MULTILINE), name
-    assert "\n20 steps of 16 images, about " in result.stdout
-    assert str(folder) in result.stdout
+    assert re.search("^20 steps of 16 images, about 0.[0-9] minutes with the pictures$", result.stdout, re.MULTILINE)
+    assert "images      60000 of 1 x 28 x 28\n" in result.stdout and str(folder) in result.stdout
+    assert re.search(r"^noise +\d+ levels, from sigma [\d.]+ to sigma [\d.]+$", result.stdout, re.MULTILINE)
+    assert f"done: look at {folder / 'samples.png'}\n" in result.stdout
     assert re.search(r"320/320 .*images/s, loss=\d+\.\d", result.stderr)
 
 
@@ -184,7 +183,7 @@ def test_smoke_configuration_is_what_the_flags_said(lesson, smoke):
 
 def test_smoke_checkpoint_has_all_a_run_needs(lesson, smoke):
     checkpoint = read_checkpoint(smoke[0])
-    names = {"lesson", "step", "image_shape", "config", "network", "optimizer", "generator", "log"}
+    names = {"lesson", "step", "image_shape", "config", "network", "optimizer", "generator", "device", "log"}
     assert set(checkpoint) == names | ({"ema"} if lesson.name == "lesson_04_ncsnv2" else set())
     assert (checkpoint["lesson"], checkpoint["step"]) == (lesson.name, 20)
     assert checkpoint["image_shape"] == (1, 28, 28)
@@ -315,11 +314,10 @@ def draw_with_signal(draw):
 
 
 @pytest.mark.parametrize("every, step", [(10, 11), (1000, 12)], ids=["in a preview", "in the last pictures"])
-def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, monkeypatch, every, step):
+def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, every, step):
     """Pictures take long, so they are given up; nothing else is lost, and --resume makes the last ones."""
-    with monkeypatch.context() as patch:
-        patch.setattr(script(lesson.name), "draw", draw_with_signal(script(lesson.name).draw))
-        result = quick(lesson.name, "--steps", 12, "--preview-every", every, "--output", tmp_path)
+    draw = draw_with_signal(script(lesson.name).draw)
+    result = quick(lesson.name, "--steps", 12, "--preview-every", every, "--output", tmp_path, draw=draw)
     assert result.status == 128 + signal.SIGTERM
     assert set(hashes(tmp_path)) == {"checkpoint.pt", "config.json", "metrics.csv", "loss.png"}
     assert read_checkpoint(tmp_path)["step"] == step
@@ -329,19 +327,21 @@ def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, monkeypatc
     assert_same_run(straight, tmp_path)
 
 
-def test_a_signal_in_a_run_of_so_many_minutes(tmp_path, monkeypatch):
-    """The number of steps is the one that was found when it began; it is not looked for again."""
-    train_mnist, found = script("lesson_03_ncsn"), [6, 9]
-    monkeypatch.setattr(train_mnist, "steps_in", lambda minutes, seconds: found.pop(0))
-    with monkeypatch.context() as patch:
-        patch.setattr(train_mnist, "draw", draw_with_signal(train_mnist.draw))
-        result = quick("lesson_03_ncsn", "--minutes", 0.5, "--preview-every", 3, "--output", tmp_path)
+def test_a_run_of_so_many_minutes_keeps_the_steps_that_it_found(lesson, tmp_path):
+    """They are found in step 10, from what eight steps took; a resume does not look for them again."""
+    flags = ("--minutes", 0.05, "--preview-every", 20, "--output", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.run, "CALL", 1e9)  # pictures cost nothing: all of the time goes to steps
+        result = quick(lesson.name, *flags, draw=draw_with_signal(script(lesson.name).draw))
     assert result.status == 128 + signal.SIGTERM
-    assert read_checkpoint(tmp_path)["step"] == 4
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert found["minutes"] == 0.0 and found["steps"] > 20
+    assert f"\n{found['steps']} steps of 16 images, about 0.0 minutes with the pictures\n" in result.stdout
+    assert read_checkpoint(tmp_path)["step"] == 21
     advice = result.stdout.splitlines()[-1].partition("go on with: python train_mnist.py ")[2]
-    assert "--minutes 0.5" in advice
-    assert run_here("lesson_03_ncsn", *shlex.split(advice)).status == 0
-    assert read_checkpoint(tmp_path)["step"] == 6
+    assert "--minutes 0.05" in advice
+    assert run_here(lesson.name, *shlex.split(advice)).status == 0
+    assert read_checkpoint(tmp_path)["step"] == found["steps"]
 
 
 def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
@@ -417,28 +417,24 @@ def test_a_finished_run_can_be_resumed_for_its_pictures(lesson, straight, tmp_pa
 def test_a_learning_rate_far_too_high(lesson, tmp_path):
     result = quick(lesson.name, "--learning-rate", "1e30", "--output", tmp_path)
     assert result.status == 1
-    scale = r"step 2, noise scale \d+ of \d+ \(sigma [\d.]+\)"
+    scale = r"step 2, noise level \d+ of \d+ \(sigma [\d.]+\)"
     assert re.fullmatch(rf"error: the loss is not finite at {scale}; .*--learning-rate", result.stderr.splitlines()[-1])
-    assert set(hashes(tmp_path)) == {"config.json"}
+    assert hashes(tmp_path) == {}
 
 
 @pytest.mark.parametrize("every", [2, 4], ids=["when it would be saved", "between two checkpoints"])
-def test_a_bad_loss_keeps_the_last_good_checkpoint(lesson, tmp_path, monkeypatch, every):
-    train_mnist, scales = script(lesson.name), []
+def test_a_bad_loss_keeps_the_last_good_checkpoint(lesson, tmp_path, every):
+    scales = []
 
     def loss_with_a_bad_one(score, x, sigmas, i, z):
         loss = lesson.loss.denoising_score_matching_loss(score, x, sigmas, i, z)
-        if i.any():  # they are zero in the trial that measures the time
-            scales.append(int(i[3]) + 1)
-            if len(scales) == 6:
-                return loss + torch.where(torch.arange(16) == 3, math.inf, 0)
-        return loss
+        scales.append(int(i[3]) + 1)
+        return loss + torch.where(torch.arange(16) == 3, math.inf, 0) if len(scales) == 6 else loss
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_mnist, "denoising_score_matching_loss", loss_with_a_bad_one)
-        result = quick(lesson.name, "--steps", 8, "--preview-every", every, "--output", tmp_path)
+    flags = ("--steps", 8, "--preview-every", every, "--output", tmp_path)
+    result = quick(lesson.name, *flags, denoising_score_matching_loss=loss_with_a_bad_one)
     assert result.status == 1
-    assert f"error: the loss is not finite at step 6, noise scale {scales[5]} of " in result.stderr.splitlines()[-1]
+    assert f"error: the loss is not finite at step 6, noise level {scales[5]} of " in result.stderr.splitlines()[-1]
     checkpoint = read_checkpoint(tmp_path)
     assert checkpoint["step"] == 4
     for name in ("network", "ema") if "ema" in checkpoint else ("network",):
@@ -452,7 +448,7 @@ def test_weights_that_are_not_finite_are_never_saved(lesson, tmp_path):
     result = quick(lesson.name, "--learning-rate", "inf", "--steps", 1, "--output", tmp_path)
     assert result.status == 1
     assert "error: the weights are not finite after step 1; " in result.stderr.splitlines()[-1]
-    assert set(hashes(tmp_path)) == {"config.json"}
+    assert hashes(tmp_path) == {}
 
 
 @pytest.mark.parametrize("flags", [("--preview-every", 1), ("--steps", 1)], ids=["in a preview", "at the end"])

@@ -1,0 +1,159 @@
+"""`python -m common.evaluate`, with a judge that only looks at what it is given, and `python -m common.bench`."""
+
+import contextlib
+import io
+import itertools
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import common.bench
+import common.cli
+import common.evaluate
+from common.noise import SeededNoise
+from tests.running import ENVIRONMENT, ROOT, Result, quick, script
+
+
+@pytest.fixture
+def evaluate(monkeypatch):
+    """Runs common.evaluate in this process: (what came out, what the judge was given)."""
+    given = []
+
+    def digit_report(samples):
+        given.append(samples)
+        return {}
+
+    def run(*flags):
+        out, err = io.StringIO(), io.StringIO()
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
+        monkeypatch.setattr(common.evaluate, "load_lesson", lambda name: script(name, "sample"))
+        monkeypatch.setattr(common.evaluate, "digit_report", digit_report)
+        monkeypatch.setattr(common.evaluate, "print_report", lambda report: print("the report"))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            common.cli.run(common.evaluate.main)
+        code = ended.value.code or 0
+        if isinstance(code, str):
+            return Result(1, out.getvalue(), err.getvalue() + code + "\n"), given
+        return Result(code, out.getvalue(), err.getvalue()), given
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def short(lesson, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(lesson.name)
+    assert quick(lesson.name, "--output", folder).status == 0
+    return folder / "checkpoint.pt"
+
+
+def test_samples_of_a_checkpoint_are_the_papers_and_those_of_the_seed(lesson, short, evaluate, tmp_path):
+    """As many calls as the run's T takes, image k of seed + k, clamped for the judge and saved as they are."""
+    result, (given,) = evaluate(short, "--num", 5, "--seed", 7, "--save", tmp_path / "s.pt")
+    assert result.status == 0 and result.stdout.endswith("the report\n")
+    checkpoint = torch.load(short, weights_only=True)
+    T, L = checkpoint["config"]["T"], len(checkpoint["network"]["sigmas"])
+    calls = T * L if lesson.name == "lesson_03_ncsn" else T * L + 1
+    assert f"{lesson.name}, step 5, langevin, {calls} network calls, float32\n" in result.stdout
+    saved = torch.load(tmp_path / "s.pt", weights_only=True)
+    assert saved.shape == (5, 1, 28, 28) and torch.equal(saved.clamp(0, 1), given) and saved.min() < 0
+    sample = script(lesson.name, "sample")
+    network, config, _ = common.evaluate.load_network(sample, short, torch.device("cpu"))
+    noise = SeededNoise(range(8, 10))
+    *_, expected = sample.draw(network, config, (2, 1, 28, 28), noise, "langevin", calls)
+    torch.testing.assert_close(saved[1:3], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_calls_and_sampler(lesson, short, evaluate):
+    for sampler in script(lesson.name, "sample").SAMPLERS:
+        result, _ = evaluate(short, "--num", 4, "--sampler", sampler, "--calls", 50)
+        assert f"{sampler}, 50 network calls" in result.stdout and result.status == 0
+    result, _ = evaluate(short, "--sampler", "euler")
+    assert result.status == 1 and "--sampler euler: choose one of " in result.stderr
+
+
+def test_a_tensor_of_samples(evaluate, tmp_path):
+    torch.save(torch.linspace(-1, 2, 4 * 784).view(4, 1, 28, 28), tmp_path / "x.pt")
+    result, (given,) = evaluate(tmp_path / "x.pt")
+    assert result.status == 0 and given.min() == 0 and given.max() == 1 and given.shape == (4, 1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--num 3", "--num must lie between 4 and "),
+        ("--calls 0", "--calls must be greater than zero"),
+        ("--save {tmp}/file/x.pt", "cannot write .*x.pt"),
+        ("--save {tmp}", "cannot write .*: it is a folder"),
+    ],
+)
+def test_mistakes_are_found_before_the_work(lesson, short, evaluate, flags, expected, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(common.evaluate, "sample_all", None)
+    result, given = evaluate(short, *flags.replace("{tmp}", str(tmp_path)).split())
+    assert result.status == 1 and re.search(f"error: {expected}", result.stderr) and given == []
+
+
+def test_what_is_no_digit_is_not_judged(lesson, short, evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.evaluate, "sample_all", None)
+    for changes, expected in (
+        ({"image_shape": (1, 16, 16)}, "the digit metrics need images"),
+        ({"config": {"dataset": "fashion_mnist"}}, "was not trained on digits"),
+        ({"config": {"images": "folder"}}, "was not trained on digits"),
+    ):
+        checkpoint = torch.load(short, weights_only=True)
+        checkpoint["config"].update(changes.pop("config", {}))
+        torch.save({**checkpoint, **changes}, tmp_path / "x.pt")
+        result, given = evaluate(tmp_path / "x.pt")
+        assert result.status == 1 and expected in result.stderr and given == []
+
+
+def test_files_that_are_no_checkpoint(evaluate, tmp_path):
+    torch.save([1], tmp_path / "list.pt")
+    for name, expected in (("absent.pt", "there is no file"), ("list.pt", "is not a checkpoint of these lessons")):
+        result, _ = evaluate(tmp_path / name)
+        assert result.status == 1 and expected in result.stderr
+
+
+# The bench
+
+
+def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
+    """By a clock that goes on by a second each time it is read: six steps of 16 images take one, and so does the first
+    frame of 64 pictures.
+    """
+    module, seconds, steps = script(lesson.name), itertools.count(), []
+
+    class Optimizer(module.Optimizer):
+        def step(self, rate):
+            steps.append(rate)
+            super().step(rate)
+
+    monkeypatch.setattr(common.bench, "load_lesson", lambda name: script(name, "sample"))
+    monkeypatch.setitem(sys.modules, "train_mnist", module)
+    monkeypatch.setattr(module, "Optimizer", Optimizer)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(sys, "argv", ["bench", lesson.name, "--rounds", "2", "--smoke"])
+    common.bench.main()
+    out = capsys.readouterr().out
+    T = module.PRESETS["smoke"]["T"]
+    for precision in ("float32", "bfloat16"):
+        assert re.search(rf"^smoke, {precision} +96\.0 +{64 * T}\.0$", out, re.MULTILINE), out
+    assert len(steps) == 2 * 2 * 8 and out.startswith(f"{lesson.name}, ")
+    assert re.search("^train_mnist.py chooses (float32|bfloat16)$", out, re.MULTILINE)
+
+
+def test_bench_starts_as_the_makefile_starts_it():
+    command = [sys.executable, "-m", "common.bench", "--rounds", "1", "--smoke"]
+    ran = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and ran.stdout.startswith("lesson_04_ncsnv2, "), ran.stderr
+
+
+def test_evaluate_starts_as_the_readmes_start_it():
+    command = [sys.executable, "-m", "common.evaluate", "lesson_03_ncsn/pretrained.pt", "--num", "4", "--calls", "10"]
+    ran = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and "digit FID" in ran.stdout, ran.stderr
+    assert "lesson_03_ncsn, step 3400, langevin, 10 network calls" in ran.stdout

@@ -1,0 +1,176 @@
+"""The pieces of common.run: an earlier run in the folder, what a resume may change, and how long a run will take."""
+
+import dataclasses
+import io
+import json
+import re
+
+import pytest
+
+import common.run
+from common.checkpoint import save_checkpoint
+from common.config import RunConfig, parse_config
+from common.errors import LessonError
+from common.run import Run, find_earlier_run, resume_run
+from tests.running import hashes, quick, read_checkpoint, run_here
+
+FILES = ["checkpoint.pt", "config.json", "metrics.csv", "loss.png", "trajectory.gif", "samples.png",
+         "samples_before_denoising.png", "samples_step_000500.png", "samples_step_1000000.png"]  # fmt: skip
+MINE = ["notes.txt", "drawn.png", "samples_my_favourites.png", "samples_step_1.png", "my_checkpoint.pt", "samples.png~"]
+
+
+# An earlier run
+
+
+def test_a_folder_that_is_new_or_has_other_files(tmp_path):
+    assert find_earlier_run(tmp_path / "new", overwrite=False) == []
+    for name in MINE:
+        (tmp_path / name).write_text("mine")
+    for overwrite in (False, True):
+        assert find_earlier_run(tmp_path, overwrite) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_file_of_a_run_is_seen(tmp_path, name):
+    (tmp_path / name).write_text("of an earlier run")
+    with pytest.raises(LessonError, match="holds an earlier run: .*--resume.*--overwrite.*--output"):
+        find_earlier_run(tmp_path, overwrite=False)
+    over = [] if name in ("checkpoint.pt", "config.json") else [tmp_path / name]  # the others are written over
+    assert find_earlier_run(tmp_path, overwrite=True) == over
+    assert (tmp_path / name).read_text() == "of an earlier run"
+
+
+@pytest.mark.parametrize("flags", [("--learning-rate", "inf"), ("--batch-size", 10**15)], ids=["bad", "too large"])
+def test_overwrite_waits_until_the_new_run_has_taken_a_step(lesson, tmp_path, flags):
+    for name in FILES + MINE:
+        (tmp_path / name).write_text(f"my {name}")
+    before = hashes(tmp_path)
+    failed = quick(lesson.name, "--overwrite", "--steps", 1, *flags, "--output", tmp_path)
+    assert failed.status == 1 and hashes(tmp_path) == before
+    assert quick(lesson.name, "--overwrite", "--output", tmp_path).status == 0
+    after = hashes(tmp_path)
+    assert all(after[name] == before[name] for name in MINE)
+    assert "samples_step_000500.png" not in after and after["checkpoint.pt"] != before["checkpoint.pt"]
+    assert read_checkpoint(tmp_path)["step"] == 5
+
+
+def test_a_new_run_from_the_numbers_of_an_earlier_one(lesson, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert quick(lesson.name, "--seed", 4, "--sigma-L", 0.9, "--output", first).status == 0
+    before = hashes(first)
+    result = run_here(lesson.name, "--config", first / "config.json", "--steps", 3, "--output", second)
+    assert result.status == 0, result.stderr
+    a, b = (json.loads((folder / "config.json").read_text()) for folder in (first, second))
+    assert b == {**a, "steps": 3, "output": str(second)} and a["seed"] == 4 and a["sigma_L"] == 0.9
+    assert hashes(first) == before
+
+
+# What a resume may change
+
+PRESETS = {"smoke": {"steps": 2}}
+
+
+def saved(folder, step=10, **changes):
+    config = RunConfig(output=str(folder), **changes)
+    parts = dict.fromkeys(("network", "device", "generator"))
+    save_checkpoint(folder / "checkpoint.pt", "lesson_xx", config=dataclasses.asdict(config), step=step, **parts)
+    return config
+
+
+def resume(*flags):
+    config, named, _, _ = parse_config(RunConfig, PRESETS, list(map(str, flags)))
+    return resume_run(config, named, "lesson_xx")
+
+
+def test_resume_keeps_the_configuration_of_the_run(tmp_path):
+    config = saved(tmp_path, steps=50, dataset="cifar10")
+    found, checkpoint = resume("--output", tmp_path)
+    assert found == config and checkpoint["step"] == 10
+
+
+def test_resume_may_change_how_it_runs_but_not_what_it_learns(tmp_path):
+    config = saved(tmp_path, steps=50, dataset="cifar10", decay="constant")
+    flags = ("--steps", 60, "--dataset", "cifar10", "--device", "cpu", "--precision", "float32", "--preview-every", 7)
+    found, _ = resume("--output", tmp_path, *flags)
+    assert found == dataclasses.replace(config, steps=60, device="cpu", precision="float32", preview_every=7)
+    for flag, value in (("--dataset", "mnist"), ("--seed", 1), ("--batch-size", 8), ("--learning-rate", 1.0)):
+        with pytest.raises(LessonError, match=f"was made with {flag} .*: resume without {flag}"):
+            resume("--output", tmp_path, flag, value)
+    with pytest.raises(LessonError, match="is already at step 10: ask for more --steps"):
+        resume("--output", tmp_path, "--steps", 9)
+
+
+def test_the_steps_of_a_cosine_stay(tmp_path):
+    """With more of them the learning rate would jump up again, from about 0 where the run ended."""
+    config = saved(tmp_path, steps=50)
+    assert resume("--output", tmp_path, "--steps", 50)[0] == config
+    with pytest.raises(LessonError, match="is of a run of 50 steps, .*: resume without --steps, or start a new run"):
+        resume("--output", tmp_path, "--steps", 60)
+
+
+def test_resume_of_a_run_of_so_many_minutes_keeps_its_steps(tmp_path):
+    saved(tmp_path, steps=50)
+    found, _ = resume("--output", tmp_path, "--minutes", 3, "--smoke")
+    assert (found.steps, found.minutes) == (50, 0.0)
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path):
+    saved(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    found, _ = resume("--output", tmp_path / "new")
+    assert found.output == str(tmp_path / "new")
+
+
+# How long it will take
+
+
+def announced(monkeypatch, capsys, seconds, elapsed=0.0, done=10, calls=(50, 1000), **config):
+    """(configuration after it, minutes that were said) where a step takes `seconds`."""
+    run = object.__new__(Run)
+    run.config = RunConfig(steps=4000, batch_size=64, preview_every=500, **config)
+    run.step, run.calls, run.leads, run.began = done, calls, True, 0.0
+    run.bar = type("Bar", (), {"write": lambda self, text, file: print(text)})()
+    monkeypatch.setattr(common.run.time, "perf_counter", lambda: elapsed)
+    run._announce(seconds)
+    said = re.fullmatch(
+        r"(\d+) steps of 64 images, about ([\d.]+) minutes with the pictures\n", capsys.readouterr().out
+    )
+    assert int(said[1]) == run.config.steps
+    return run.config, float(said[2])
+
+
+def test_the_time_counts_the_pictures(monkeypatch, capsys):
+    """3990 steps, 8 previews of 50 calls and 1000 calls at the end; a call for 64 images takes a fourth of a step."""
+    _, minutes = announced(monkeypatch, capsys, 0.1)
+    assert minutes == pytest.approx((3990 + 3990 / 500 * 50 / 4 + 1000 / 4) * 0.1 / 60, abs=0.06)
+
+
+@pytest.mark.parametrize("minutes", [2.0, 10.0])
+def test_minutes_become_steps(monkeypatch, capsys, minutes):
+    """With start-up and pictures they take nearly all of the time, and no more."""
+    config, said = announced(monkeypatch, capsys, 0.1, elapsed=20.0, minutes=minutes)
+    assert config.minutes == 0.0
+    steps = config.steps - 10
+    total = 20 + (steps * (1 + 12.5 / 500) + 250) * 0.1
+    assert 0.93 * 60 * minutes < total < 60 * minutes and said == pytest.approx((total - 20) / 60, abs=0.06)
+
+
+def test_minutes_that_are_over_end_the_run_soon(monkeypatch, capsys):
+    config, _ = announced(monkeypatch, capsys, 5.0, elapsed=100.0, minutes=0.5)
+    assert config.steps == 10
+
+
+def test_the_time_is_right(lesson, tmp_path):
+    """Measured in the run itself: eight steps of it, after two that do not count, are as long as the bar says."""
+    clock, sink = iter(range(10**6)), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_announce", lambda self, seconds: sink.write(f"{self.step} {seconds}"))
+        patch.setattr(common.run.time, "perf_counter", lambda: next(clock) * 4.0)
+        assert quick(lesson.name, "--steps", 12, "--output", tmp_path).status == 0
+    step, seconds = sink.getvalue().split()
+    assert step == "10" and float(seconds) == 0.5  # between two looks at this clock are four seconds, and eight steps
+
+
+def test_config_json_is_written_with_the_checkpoint(lesson, tmp_path):
+    assert quick(lesson.name, "--output", tmp_path).status == 0
+    assert json.loads((tmp_path / "config.json").read_text()) == read_checkpoint(tmp_path)["config"]

@@ -1,0 +1,238 @@
+"""What train_mnist.py puts together: each piece is tested elsewhere; here, that the loop uses it, and with what.
+
+A short run of each lesson, with pieces that write down what they are given.
+"""
+
+import copy
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common.run
+from common.config import learning_rate
+from common.noise import SeededNoise
+from tests.running import quick, read_checkpoint, script, some_images
+
+STEPS, B = 12, 16
+NEW_LADDER = {"lesson_03_ncsn": ("--sigma-1", 2, "--sigma-L", 0.5, "--L", 7, "--T", 3), "lesson_04_ncsnv2": ()}
+
+
+class Written:
+    """What a run did."""
+
+    def __init__(self):
+        self.losses, self.rates, self.gradients, self.draws, self.emas, self.scales, self.where = ([] for _ in range(7))
+        self.start = None  # a copy of the network before the first step
+
+
+def spy(lesson, folder, *flags):
+    """A run of STEPS steps with previews after 5 and 10, and what was written down."""
+    module, seen = script(lesson.name), Written()
+
+    def loss(score, x, sigmas, i, z):
+        value = lesson.loss.denoising_score_matching_loss(score, x, sigmas, i, z)
+        autocast = torch.is_autocast_enabled("cpu")
+        seen.losses.append({"x": x, "sigmas": sigmas, "i": i, "z": z, "value": value.detach(), "autocast": autocast})
+        return value
+
+    class Optimizer(module.Optimizer):
+        def __init__(self, network, name):
+            super().__init__(network, name)
+            self.network, seen.start, seen.optimizer = network, copy.deepcopy(network), name
+
+        def step(self, rate):
+            seen.rates.append(rate)
+            seen.gradients.append([p.grad.clone() for p in self.network.parameters()])
+            super().step(rate)
+
+    def draw(network, config, shape, generator, sampler, calls):
+        seen.draws.append((network, config, shape, generator, sampler, calls))
+        return iter([torch.full(shape, (k + len(seen.draws)) / 10) for k in range(3)])
+
+    def draw_noise_scales(*arguments):
+        seen.scales.append(arguments)
+        return module_draw(*arguments)
+
+    def update_ema(ema, network, step, decay):
+        seen.emas.append((step, decay))
+        module_ema(ema, network, step, decay)
+
+    module_draw, module_ema = module.draw_noise_scales, getattr(module, "update_ema", None)
+    pieces = {"denoising_score_matching_loss": loss, "Optimizer": Optimizer, "draw": draw}
+    pieces |= {"draw_noise_scales": draw_noise_scales, **({"update_ema": update_ema} if module_ema else {})}
+    record = common.run.Run.record
+
+    def recorded(self, loss, where):
+        seen.where.append((loss, where))
+        record(self, loss, where)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.run.Run, "record", recorded)
+        flags = ("--steps", STEPS, "--preview-every", 5, *NEW_LADDER[lesson.name], *flags, "--output", folder)
+        result = quick(lesson.name, *flags, **pieces)
+    assert result.status == 0, result.stderr
+    assert len(seen.losses) == len(seen.rates) == len(seen.where) == STEPS
+    seen.config = module.Config(**json.loads((folder / "config.json").read_text()))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen(lesson, tmp_path_factory):
+    """A run with numbers that are no defaults."""
+    folder = tmp_path_factory.mktemp(lesson.name)
+    flags = ["--focus", 0.7, "--decay", "cosine", "--warmup", 4, "--clip", 1e-3, "--learning-rate", 2e-3, "--seed", 3]
+    if lesson.name == "lesson_04_ncsnv2":
+        flags += ["--ema-decay", 0.4, "--overlap", 0.2, "--T", 2, "--sigma-L", 0.5]
+    seen = spy(lesson, folder, *flags)
+    seen.folder = folder
+    return seen
+
+
+def all_steps(seen, name):
+    return torch.cat([loss[name] for loss in seen.losses])
+
+
+def test_images_are_between_0_and_1_and_dequantised_where_the_paper_says(lesson, seen):
+    x = all_steps(seen, "x")
+    assert x.shape == (STEPS * B, 1, 28, 28) and x.dtype == torch.float32
+    assert x.min() >= 0 and 0.95 < x.max() <= 1 and 0.05 < x.mean() < 0.25
+    if lesson.name == "lesson_03_ncsn":
+        noise = (x * 256) % 1
+        assert 0.45 < noise.mean() < 0.55 and 0.27 < noise.std() < 0.31  # uniform
+        x = (x * 256).floor() / 255
+    digits = {image.numpy().tobytes() for image in some_images("mnist")}
+    assert all((image * 255).round().byte().numpy().tobytes() in digits for image in x)
+    assert len({image.numpy().tobytes() for image in x}) > STEPS * B / 2  # not the same again and again
+
+
+def test_noise_is_standard_normal_and_new_in_each_step(seen):
+    z = all_steps(seen, "z")
+    assert z.shape == (STEPS * B, 1, 28, 28)
+    assert float(z.mean()) == pytest.approx(0, abs=0.01) and float(z.std()) == pytest.approx(1, abs=0.01)
+    assert not torch.equal(z[:B], z[B : 2 * B])
+
+
+def test_noise_scales_are_those_of_the_flags_and_the_data(lesson, seen):
+    config = seen.config
+    if lesson.name == "lesson_03_ncsn":
+        expected = lesson.noise_scales.geometric_noise_scales(2, 0.5, 7)
+    else:
+        images = some_images("mnist").flatten(1).double() / 255
+        sigma_1 = float(torch.cdist(images, images).max())
+        gamma = lesson.noise_scales.noise_scale_ratio(784, 0.2)
+        L = math.ceil(1 + math.log(sigma_1 / 0.5) / math.log(gamma))
+        expected = torch.logspace(math.log10(sigma_1), math.log10(0.5), L)
+    for loss in seen.losses:
+        torch.testing.assert_close(loss["sigmas"], expected, rtol=1e-5, atol=0)
+    assert seen.scales[0][0] == B and seen.scales[0][2] == config.focus == 0.7
+    for arguments, loss in zip(seen.scales, seen.losses, strict=True):
+        assert torch.equal(arguments[1], loss["sigmas"])
+    i = all_steps(seen, "i")
+    assert i.min() == 0 and i.max() == len(expected) - 1
+
+
+def test_technique_2_counts_all_channels(tmp_path):
+    module, dimensions = script("lesson_04_ncsnv2"), []
+    ratio = module.noise_scale_ratio
+    flags = ("--dataset", "color_mnist", "--output", tmp_path)
+    quick("lesson_04_ncsnv2", *flags, noise_scale_ratio=lambda D, overlap: dimensions.append(D) or ratio(D, overlap))
+    assert dimensions == [3 * 28 * 28]
+
+
+def test_the_gradient_is_that_of_the_mean_loss_and_is_clipped(seen):
+    first = seen.losses[0]
+    loss = 0.5 * (
+        first["sigmas"][first["i"]][:, None, None, None]
+        * seen.start(first["x"] + first["sigmas"][first["i"]][:, None, None, None] * first["z"], first["i"])
+        + first["z"]
+    ).square().sum((1, 2, 3))
+    gradients = torch.autograd.grad(loss.mean(), list(seen.start.parameters()))
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    assert norm > 1e-3 * 784  # or nothing would be clipped
+    for mine, g in zip(seen.gradients[0], gradients, strict=True):
+        torch.testing.assert_close(mine, g * 1e-3 * 784 / norm, rtol=1e-3, atol=1e-5)
+    for step in seen.gradients:
+        assert torch.stack([g.norm() for g in step]).norm() < 1e-3 * 784 * 1.001
+
+
+def test_the_learning_rate_is_that_of_the_step(seen):
+    assert seen.rates == [learning_rate(step, seen.config) for step in range(1, STEPS + 1)]
+    assert seen.rates[0] < seen.rates[3] == max(seen.rates) and seen.rates[-1] < 0.1 * max(seen.rates)
+    assert seen.optimizer == "muon"
+
+
+def test_losses_and_their_noise_levels_are_recorded(seen):
+    L = len(seen.losses[0]["sigmas"])
+    for (loss, where), used in zip(seen.where, seen.losses, strict=True):
+        assert torch.equal(loss.detach(), used["value"])
+        torch.testing.assert_close(where * L, used["i"] + 0.5)
+    header, first, *_ = csv.reader(open(seen.folder / "metrics.csv"))
+    losses, i = torch.cat([used["value"] for used in seen.losses[:10]]), all_steps(seen, "i")[: 10 * B]
+    assert float(first[1]) == pytest.approx(float(losses.mean()), rel=1e-5)
+    for k, name in enumerate(header[2:]):
+        low, high = (float(word) for word in name.removeprefix("sigma ").split(" to "))
+        sigma = seen.losses[0]["sigmas"][i]
+        inside = (sigma <= low * 1.001) & (sigma >= high * 0.999)
+        assert float(first[2 + k]) == pytest.approx(float(losses[inside].mean()), rel=1e-5)
+
+
+def test_averaged_weights_are_updated_after_each_step_and_drawn_from(lesson, seen):
+    networks = [network.network for network, *_ in seen.draws]
+    checkpoint = read_checkpoint(seen.folder)
+    if lesson.name == "lesson_04_ncsnv2":
+        assert seen.emas == [(step, 0.4) for step in range(1, STEPS + 1)]
+        weights = checkpoint["ema"]
+        assert not torch.equal(weights["last.weight"], checkpoint["network"]["last.weight"])
+    else:
+        weights = checkpoint["network"]
+    for network in networks:
+        assert torch.equal(network.state_dict()["last.weight"], weights["last.weight"])
+
+
+def test_pictures_are_drawn_as_the_lesson_says(lesson, seen):
+    """Two previews and the last pictures: which sampler, how many calls, whose noise."""
+    L = len(seen.losses[0]["sigmas"])
+    if lesson.name == "lesson_03_ncsn":
+        how = [("langevin", 3 * L)] * 3
+    else:
+        how = [("consistent", L + 1)] * 2 + [("langevin", 2 * L + 1)]
+    assert [tuple(draw[4:]) for draw in seen.draws] == how
+    for network, config, shape, generator, *_ in seen.draws:
+        assert network.precision == "float32" and config.T == seen.config.T and shape == (64, 1, 28, 28)
+        assert torch.equal(generator.like(torch.empty(shape)), SeededNoise(range(3, 67)).like(torch.empty(shape)))
+
+
+def test_the_last_frames_become_the_pictures(lesson, seen):
+    def level(name):
+        with Image.open(seen.folder / name) as picture:
+            return round(int(np.asarray(picture)[10, 10]) / 255, 1)
+
+    assert level("samples_step_000005.png") == 0.3 and level("samples_step_000010.png") == 0.4
+    assert level("samples.png") == 0.5
+    if lesson.name == "lesson_04_ncsnv2":
+        assert level("samples_before_denoising.png") == 0.4
+    with Image.open(seen.folder / "trajectory.gif") as gif:
+        assert gif.n_frames == 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_network_runs_in_the_precision_of_the_flag(lesson, tmp_path, precision):
+    seen = spy(lesson, tmp_path, "--precision", precision, "--optimizer", "adam")
+    assert {loss["autocast"] for loss in seen.losses} == {precision == "bfloat16"}
+    assert {network.precision for network, *_ in seen.draws} == {precision}
+    assert seen.optimizer == "adam"
+
+
+def test_a_short_memory_and_a_long_one_learn_the_same_and_draw_different_pictures(tmp_path):
+    folders = [tmp_path / decay for decay in ("0", "0.995")]
+    for folder in folders:
+        assert quick("lesson_04_ncsnv2", "--ema-decay", folder.name, "--output", folder).status == 0
+    a, b = (read_checkpoint(folder) for folder in folders)
+    assert all(torch.equal(a["network"][name], b["network"][name]) for name in a["network"])
+    assert all(torch.equal(a["network"][name], a["ema"][name]) for name in a["network"])
+    assert (folders[0] / "samples.png").read_bytes() != (folders[1] / "samples.png").read_bytes()
