@@ -11,15 +11,15 @@ lesson-03 lesson-04: lesson-%: $(VENV)/installed
 	cd lesson_$*_* && $(BIN)/python train_mnist.py
 
 test: $(VENV)/installed-dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 smoke: $(VENV)/installed
-	cd lesson_03_ncsn && $(BIN)/python train_mnist.py --smoke --overwrite --output output/smoke
-	cd lesson_04_ncsnv2 && $(BIN)/python train_mnist.py --smoke --overwrite --output output/smoke
+	for lesson in lesson_*; do \
+	  (cd $$lesson && $(BIN)/python train_mnist.py --smoke --overwrite --output output/smoke) || exit 1; done
 
 bench: $(VENV)/installed
 	$(BIN)/python -m common.bench

@@ -40,7 +40,7 @@ def main() -> None:
         lesson = load_lesson(load_checkpoint(options.path)["lesson"])
         network, config, checkpoint = load_network(lesson, options.path, choose_device())
         gray(torch.zeros(1, *checkpoint["image_shape"]))  # raises if they are no digits, now
-        if config.images or "mnist" not in config.dataset or "fashion" in config.dataset:
+        if config.images or config.dataset not in ("mnist", "color_mnist"):
             raise LessonError(f"{options.path} was not trained on digits, and the judge knows nothing else")
         sampler = options.sampler or lesson.SAMPLERS[-1]
         check_choice("--sampler", sampler, lesson.SAMPLERS)

@@ -3,8 +3,8 @@
     cd lesson_04_ncsnv2 && python train_mnist.py
     cd .. && python -m common.pretrained lesson_04_ncsnv2
 
-It keeps the weights that samples are drawn with, rounded to float16, and the configuration; what only a training needs,
-the optimiser and its like, is left out. The noise scales stay exact, in float32.
+It keeps the weights that samples come from, matrices rounded to float16, and the configuration; what only a training
+needs, the optimiser and its like, is left out.
 """
 
 import sys
@@ -28,7 +28,7 @@ def main() -> None:
     made = f"python train_mnist.py --seed {config['seed']}, {found['step']} steps, PyTorch {torch.__version__}"
     kept = {"image_shape": found["image_shape"], "step": found["step"], "config": config, "made": made}
     path = folder / "pretrained.pt"
-    weights = {name: w if name == "sigmas" else w.half() for name, w in found[network].items()}
+    weights = {name: w.half() if w.ndim > 1 else w for name, w in found[network].items()}  # noise scales stay exact
     save_checkpoint(path, folder.name, **kept, **{network: weights})
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 

@@ -292,7 +292,7 @@ def test_a_checkpoint_that_is_further_than_asked_for(lesson, copied):
         lambda checkpoint: checkpoint.update(generator=torch.zeros(3)),
         lambda checkpoint: checkpoint.pop("log"),
     ],
-    ids=["width", "weights", "field", "config", "network", "device", "sigmas", "optimizer", "adam", "group", "momentum", "shape", "generator", "log"],
+    ids="width weights field config network device sigmas optimizer adam group momentum shape generator log".split(),
 )
 def test_a_checkpoint_whose_parts_do_not_fit(lesson, copied, damage):
     checkpoint = torch.load(copied / "checkpoint.pt", weights_only=True)
