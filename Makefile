@@ -1,37 +1,37 @@
 # Every target is a line or two that could be typed. VENV=... uses another virtual environment than .venv.
 VENV ?= .venv
 PYTHON ?= python3
-BIN = $(abspath $(VENV))/bin
+BIN = $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
 
 .PHONY: train lesson-03 lesson-04 test lint smoke bench diff
 
 train: lesson-04
 
 lesson-03 lesson-04: lesson-%: $(VENV)/installed
-	cd lesson_$*_* && $(BIN)/python train_mnist.py
+	cd lesson_$*_* && "$(BIN)/python" train_mnist.py
 
 test: $(VENV)/installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
 
 smoke: $(VENV)/installed
 	for lesson in lesson_*; do \
-	  (cd $$lesson && $(BIN)/python train_mnist.py --smoke --overwrite --output output/smoke) || exit 1; done
+	  (cd $$lesson && "$(BIN)/python" train_mnist.py --smoke --overwrite --output output/smoke) || exit 1; done
 
 bench: $(VENV)/installed
-	$(BIN)/python -m common.bench
+	"$(BIN)/python" -m common.bench
 
 diff:
 	diff -r -u0 -x output -x __pycache__ --color=always lesson_03_ncsn lesson_04_ncsnv2 | less -R
 
 $(VENV)/installed: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -r requirements.txt
+	$(PYTHON) -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install -r requirements.txt
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	$(BIN)/python -m pip install -r requirements-dev.txt
+	"$(BIN)/python" -m pip install -r requirements-dev.txt
 	touch $@

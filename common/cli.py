@@ -1,31 +1,41 @@
-"""How a script ends: an error is one line, and Ctrl-C in a training lets the step finish."""
+"""How a script meets a person: an error is one line, Ctrl-C lets a step finish, a log file gets a line now and then."""
 
 import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
+
+from tqdm import tqdm
 
 from common import ranks
 from common.errors import LessonError
 
 MEMORY = ("out of memory", "DefaultCPUAllocator", "Invalid buffer size")  # what PyTorch says on CUDA, CPU and MPS
 LOST = ("closed by peer", "reset by peer", "gloo", "NCCL", "Broken pipe", "recvValue failed")
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Stopped(Exception):  # noqa: N818
+    """Leaves sampling when the person has asked a training to stop."""
 
 
 class StopRequest:
-    """Turns Ctrl-C or SIGTERM into `signal_number`, which the loop looks at; a second one later ends at once.
+    """Turns Ctrl-C, SIGTERM or a closed terminal into `signal_number`, which the loop looks at; a second ends at once.
 
-    "Later" means a second after the first: under torchrun a single Ctrl-C arrives twice.
+    A second one counts a second after the first: under torchrun a single Ctrl-C arrives twice.
     """
 
     def __init__(self):
         self.signal_number, self.since = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDS:
             signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
         if not self.signal_number:
             self.signal_number, self.since = number, time.monotonic()
+            if ranks.rank() == 0 and number == signal.SIGINT:
+                os.write(2, b"\nfinishing the step, and saving; Ctrl-C again ends at once\n")
         elif time.monotonic() > self.since + 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -34,8 +44,30 @@ class StopRequest:
         return self.signal_number > 0
 
 
+def progress(total: int, unit: str, **how) -> tqdm:
+    """A progress bar on a terminal; elsewhere, in a log file perhaps, a line now and then."""
+    how |= {} if sys.stderr.isatty() else {"file": _Lines(), "mininterval": 10, "maxinterval": 10}
+    return tqdm(total=total, unit=unit, unit_scale=True, **how)
+
+
+class _Lines:
+    """What tqdm writes, but each state of the bar a line of its own."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def run(main) -> None:
     """Calls `main()` and ends the program: a LessonError is one line and status 1, and so is a full memory."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as in a service
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # what the terminal cannot show must not end a run
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         status = main()
         sys.stdout.flush()
@@ -44,7 +76,7 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except LessonError as error:
         _fail(f"error: {error}")
@@ -54,6 +86,15 @@ def run(main) -> None:
         if ranks.world() > 1 and any(word in str(error) for word in LOST):
             _fail("error: another process of this run has ended; go on from the last checkpoint with --resume")
         raise
+
+
+@contextmanager
+def by_product(name: str):
+    """Around the writing of what is not worth a training: if it fails, a line says so, and the run goes on."""
+    try:
+        yield
+    except Exception as error:  # a full disk, a file that is open elsewhere, a matplotlibrc of the person's own
+        print(f"\nwarning: no {name}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None) -> tupl
     run, but for its folder. A flag beside them wins. What argparse cannot read ends the program with status 2.
     """
     usage = "%(prog)s [--FLAG VALUE ...], with the flags that --help lists"
-    description = inspect.getmodule(config_class).__doc__.split("\n")[0]
+    description = (inspect.getmodule(config_class).__doc__ or "").split("\n")[0]  # python -OO has none
     parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
     if ranks.rank() > 0:
         parser.error = lambda message: sys.exit(2)  # rank 0 says it
@@ -98,6 +99,10 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None) -> tupl
     if resume and path:
         parser.error("--config starts a new run: leave out --resume, which goes on with an earlier one")
     named = {name: value for name, value in flags.items() if value is not None}
+    for name in {"images", "output"} & set(named):
+        named[name] = os.path.expanduser(named[name])  # --output=~/run
+    if named.get("images"):
+        named["images"] = os.path.abspath(named["images"])  # so that a resume and sample.py find it from anywhere
     dataset = named.get("dataset", config_class.dataset)
     changes = {**presets.get(preset, {}), **presets.get(f"{preset} on {dataset}", {}), **_read(path, config_class)}
     return config_class(**{**changes, **named}), set(named) | set(changes), resume, overwrite

@@ -6,6 +6,7 @@ import math
 import struct
 import sys
 import warnings
+from collections import Counter
 from colorsys import hsv_to_rgb
 from pathlib import Path
 
@@ -21,7 +22,6 @@ MNIST_DIR = Path(__file__).resolve().parent / "mnist"
 DATA_DIR = MNIST_DIR.parent.parent / "data"
 DATASETS = ("mnist", "color_mnist", "fashion_mnist", "cifar10")
 SPLITS = {"train": "train", "test": "t10k"}  # the second is what MNIST's file names say
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 MNIST_MD5 = {  # of the unpacked files; common/mnist/README.md says where the sums come from
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -67,25 +67,51 @@ def load_folder(folder: str | Path, image_size: int, channels: int) -> Tensor:
     """Every picture in a folder and its subfolders, sorted by path: uint8 (N, channels, image_size, image_size).
 
     The centre square is resized with Lanczos to gray (channels=1) or RGB (channels=3). Transparent parts become white,
-    as on a page; an animation is its first frame. Unreadable pictures are named on stderr and left out.
+    as on a page; an animation is its first frame. Links are followed. Hidden files are left out, and so are folders
+    that a training wrote. A line on stderr says how many pictures were read, and what was left out.
     Raises LessonError if the folder is missing or no picture in it can be read.
     """
     if channels not in (1, 3) or image_size < 1:
         raise LessonError(f"pictures have 1 or 3 channels and at least 1 pixel, not {channels} and {image_size}")
     if not Path(folder).is_dir():
-        raise LessonError(f"{folder} is not a folder: name one that holds pictures ({' '.join(PICTURES)})")
-    images, failures = [], []
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower() in PICTURES and not path.is_dir():
-            try:
-                images.append(_read_picture(path, image_size, channels))
-            except Exception as error:  # a damaged picture can raise almost anything in a decoder
-                failures.append(f"left out {path}: {_one_line(error)}")
-    for line in failures[:10] + [f"left out {len(failures) - 10} more"][: len(failures) > 10]:
-        print(line, file=sys.stderr)
+        raise LessonError(f"{folder} is not a folder: name one that holds pictures")
+    Image.init()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images, left_out, failures = [], Counter(), []
+    for path in _files(Path(folder), failures):
+        if path.suffix.lower() not in endings:
+            left_out[path.suffix.lower() or "without an ending"] += 1
+            continue
+        try:
+            images.append(_read_picture(path, image_size, channels))
+        except Exception as error:  # a damaged picture can raise almost anything in a decoder
+            failures.append(f"{path}: {_one_line(error)}")
+    for line in failures[:10]:
+        print(f"left out {line}", file=sys.stderr)
+    reasons = [f"{count} {ending}" for ending, count in left_out.most_common(5)]
+    reasons += [f"{len(failures)} that cannot be read"] if failures else []
+    more = f", {left_out.total() + len(failures)} files left out ({', '.join(reasons)})" if reasons else ""
     if not images:
-        raise LessonError(f"{folder} has no readable picture: {' '.join(PICTURES)} are read")
+        raise LessonError(f"{folder} has no readable picture{more}")
+    print(f"{len(images)} pictures from {folder}{more}", file=sys.stderr)
     return torch.stack(images)
+
+
+def _files(folder, failures, above=()):
+    """The files below a folder, sorted by path; what cannot be listed is added to `failures`."""
+    here = folder.resolve()
+    try:
+        names = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        failures.append(f"{folder}: {error.strerror}")
+        return
+    if here in above or {"checkpoint.pt", "config.json"} <= {path.name for path in names}:
+        return  # a link to a folder that it is in, or what a run has written
+    for path in names:
+        if path.is_dir():
+            yield from _files(path, failures, (*above, here))
+        else:
+            yield path
 
 
 def load_picture(path: str | Path, image_size: int, channels: int) -> Tensor:
@@ -167,7 +193,8 @@ def _torchvision_images(name, split):
     except Exception as error:  # a failed download or a damaged archive can raise almost anything
         raise LessonError(
             f"{name} could not be loaded ({_one_line(error)}): without a network, put {', '.join(archives)} "
-            f"into {folder}, where torchvision finds them; if they are there already, delete what is damaged"
+            f"into {folder}, where torchvision finds them; if they are there already, delete what is damaged, "
+            "or unpack what was packed anew (gunzip -k *.gz)"
         ) from error
     return images.permute(0, 3, 1, 2).contiguous() if name == "cifar10" else images.unsqueeze(1)
 

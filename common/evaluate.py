@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 import torch
 
 from common.checkpoint import load_checkpoint, load_file, load_lesson, load_network
-from common.cli import run
+from common.cli import by_product, run
 from common.config import check_choice, check_range
 from common.digit_metrics import digit_report, gray, print_report
 from common.errors import LessonError
@@ -51,8 +51,11 @@ def main() -> None:
         shape = (options.num, *checkpoint["image_shape"])
         samples, _ = sample_all(lesson, network, config, shape, options.seed, sampler, calls, precision)
         if options.save:
-            with atomic_write(options.save) as temporary:
+            with by_product(options.save), atomic_write(options.save) as temporary:
                 torch.save(samples, temporary)
+    elif samples.min() < -0.05 or samples.max() > 1.05:
+        low, high = samples.min(), samples.max()
+        print(f"values from {low:.2f} to {high:.2f} are clamped to [0, 1]; if black is -1, save (x + 1) / 2")
     print_report(digit_report(samples.clamp(0, 1)))
 
 

@@ -38,6 +38,36 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+class Claim:
+    """Says that a folder is in use by this process, until `release` or its end; a mark of a dead process is none.
+
+    LessonError if another one uses it.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / ".in_use"
+        try:
+            self.file = open(self.path, "w")
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LessonError(
+                f"another run is writing to {folder}: wait for its end, or choose another --output"
+            ) from error
+
+    def release(self) -> None:
+        """Gives the folder back."""
+        self.file.close()
+        with suppress(OSError):
+            self.path.unlink()
+
+
 def check_writable(path: str | Path) -> None:
     """Raises LessonError if a file at `path` could not be written; makes missing folders, and changes nothing else."""
     if Path(path).is_dir():

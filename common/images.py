@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,18 @@ def save_gif(frames: Sequence[Tensor], path: str | Path, milliseconds=100, hold=
         max_frames = max(2, int(0.95 * len(pictures) * 2_000_000 / file.tell()))
     with atomic_write(path) as temporary:
         temporary.write_bytes(file.getvalue())
+
+
+def some_frames(frames: Iterable[Tensor], most: int = 72) -> list[Tensor]:
+    """The first frame, the last two, and evenly chosen ones between: about `most`, however many there are."""
+    kept, every, last = [], 1, []
+    for n, frame in enumerate(frames):
+        last = [*last[-1:], frame]
+        if n % every == 0:
+            kept.append((n, frame))
+        if len(kept) > most:
+            kept, every = kept[::2], 2 * every
+    return [frame for k, frame in kept if k <= n - len(last)] + last
 
 
 def save_table(

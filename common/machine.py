@@ -6,6 +6,7 @@ import time
 import torch
 from torch import Tensor
 
+from common.cli import Stopped
 from common.errors import LessonError
 
 CLEARLY = 1.25  # times as fast: so far from 1 that two timings on one machine come to the same choice
@@ -74,15 +75,18 @@ class InBatches:
     """A network to sample with: it takes any number of images, runs at most 100 at once, in `precision`.
 
     Called as the network is, with x (N, C, H, W) and the noise level of each (N,); its attributes are the network's.
-    `bar`, if there is one, is told how many images each call took.
+    `bar`, if there is one, is told how many images each call took. Raises Stopped once `stop` is true.
     """
 
-    def __init__(self, network: torch.nn.Module, precision: str, bar=None, batch_size: int = 100):
+    def __init__(self, network: torch.nn.Module, precision: str, bar=None, batch_size: int = 100, stop=False):
         self.network, self.precision, self.bar, self.batch_size = network, precision, bar, batch_size
+        self.stop = stop
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         parts = []
         for a, b in zip(x.split(self.batch_size), level.split(self.batch_size), strict=True):
+            if self.stop:
+                raise Stopped
             with autocast(x.device, self.precision):
                 parts.append(self.network(a, b))
             if self.bar is not None:

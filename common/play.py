@@ -14,6 +14,8 @@ noise_and_guess(network, config, x, z, k) -> x with noise z of level k, and the 
 config is that of the training. Images are in [0, 1].
 """
 
+import math
+import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,15 +23,15 @@ from types import ModuleType, SimpleNamespace
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
-from tqdm import tqdm
 
 from common import cli
 from common.checkpoint import load_network
+from common.cli import progress
 from common.config import check_range
 from common.data import load_mask, load_picture, load_pictures
 from common.errors import LessonError
 from common.files import atomic_write, check_writable
-from common.images import check_finite, save_gif, save_grid, save_strip, save_table
+from common.images import check_finite, save_gif, save_grid, save_strip, save_table, some_frames
 from common.machine import InBatches, choose_device, sampling_precision
 from common.nearest import nearest_training_digit
 from common.noise import SeededNoise
@@ -37,6 +39,7 @@ from common.noise import SeededNoise
 MASKS = ("left", "right", "top", "bottom", "center")
 VERBS = {"drawn": 64, "inpaint": 8, "interpolate": 8, "nearest": 8, "denoise": 4, "info": 1}  # and what --num is then
 COMPLETIONS, STEPS, LEVELS = 6, 10, 8  # pictures in a row of --inpaint, --interpolate and --denoise
+TABLE = 16  # columns of a table of panels, which takes long to draw
 AT_ONCE = 1000  # images: of many more, the noise for one step would not fit into memory
 
 
@@ -47,7 +50,7 @@ def main(lesson: ModuleType) -> None:
 
 def read_flags(lesson: ModuleType) -> Namespace:
     """The flags of sample.py, checked."""
-    parser = ArgumentParser(description=lesson.__doc__.split("\n")[0], allow_abbrev=False)
+    parser = ArgumentParser(description=(lesson.__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", help="what train_mnist.py wrote (default: output/checkpoint.pt, or else pretrained.pt)")
     add("--num", type=int, help="how many images, or rows of them (default: 64 images, 8 rows, 4 for --denoise)")
@@ -57,6 +60,7 @@ def read_flags(lesson: ModuleType) -> Namespace:
     add("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="(default: that of the training)")
     add("--output", metavar="PATH.png", help="the picture (default: output/drawn.png, output/inpaint.png, ...)")
     add("--save-tensor", metavar="PATH", help="also write the images, float (N, C, H, W), for torch.load")
+    add("--images", metavar="FOLDER", help="where the pictures of the training are now, if they have been moved")
     add("--gif", nargs="?", const="output/drawn.gif", metavar="PATH.gif", help="also the way from noise to images")
     add("--strip", nargs="?", const="output/strip.png", metavar="PATH.png", help="also eight moments of eight images")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -66,6 +70,9 @@ def read_flags(lesson: ModuleType) -> Namespace:
     add("--denoise", nargs="?", const="", metavar="PATH", help="add noise and take it away in one step")
     add("--info", action="store_true", help="print what is in the checkpoint")
     options = parser.parse_args()
+    for name, value in vars(options).items():
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(options, name, os.path.expanduser(value))
     options.verb = next((name for name in VERBS if vars(options).get(name) not in (None, False)), "drawn")
     options.num = VERBS[options.verb] if options.num is None else options.num
     options.output = options.output or f"output/{options.verb}.png"
@@ -96,6 +103,7 @@ def play(lesson: ModuleType, options: Namespace) -> None:
             check_writable(name)  # now, not after the work
     shape, n, seed, output = tuple(checkpoint["image_shape"]), options.num, options.seed, options.output
     data = SimpleNamespace(**{"images": "", "image_size": shape[1], "channels": shape[0], **vars(config)})
+    data.images = options.images or data.images
     precision = sampling_precision(options.precision, config.precision, device)
     calls = options.calls or lesson.number_of_calls(network, config, options.sampler, quick=True)
     how = lesson, network, config
@@ -108,7 +116,7 @@ def play(lesson: ModuleType, options: Namespace) -> None:
         return images / 255
 
     def in_batches(images):
-        return InBatches(network, precision, tqdm(total=images * calls, unit=" calls", unit_scale=True))
+        return InBatches(network, precision, progress(images * calls, " calls"))
 
     if options.verb in ("drawn", "nearest"):
         images, frames = sample_all(*how, (n, *shape), seed, options.sampler, calls, precision,
@@ -120,7 +128,7 @@ def play(lesson: ModuleType, options: Namespace) -> None:
         if options.strip:
             save_strip([frame[:8] for frame in frames], options.strip)
     elif options.verb == "nearest":
-        show_nearest(images, pictures("train"), pictures("test", n), output)
+        show_nearest(images, pictures("train"), None if data.images else pictures("test", n), output)
     elif options.verb == "inpaint":
         known, y = read_mask(options.inpaint, *shape[1:]), pictures("test", n)
         each = repeat(y, "n c h w -> (n k) c h w", k=COMPLETIONS).to(device)
@@ -150,16 +158,14 @@ def play(lesson: ModuleType, options: Namespace) -> None:
 def sample_all(lesson, network, config, shape, seed, sampler, calls, precision, keep=0) -> tuple[Tensor, list]:
     """Samples of `shape` (N, C, H, W) on the CPU, image k of seed + k, and what the first `keep` were on the way."""
     samples, frames = [], []
-    with tqdm(total=shape[0] * calls, unit=" calls", unit_scale=True) as bar:
+    with progress(shape[0] * calls, " calls") as bar:
+        batched = InBatches(network, precision, bar)
         for start in range(0, shape[0], AT_ONCE):
             N = min(AT_ONCE, shape[0] - start)
             noise = SeededNoise(range(seed + start, seed + start + N))
-            for images in lesson.draw(
-                InBatches(network, precision, bar), config, (N, *shape[1:]), noise, sampler, calls
-            ):
-                if keep and start == 0:
-                    frames.append(images[:keep].cpu())
-            samples.append(images.cpu())
+            some = some_frames(lesson.draw(batched, config, (N, *shape[1:]), noise, sampler, calls), 72 if keep else 1)
+            frames = frames or [images[:keep].cpu() for images in some]
+            samples.append(some[-1].cpu())
     check_finite(torch.cat(samples))
     return torch.cat(samples), frames
 
@@ -206,16 +212,25 @@ def read_mask(name: str, H: int, W: int) -> Tensor:
     return known.float()[None, None]
 
 
-def show_nearest(samples: Tensor, train: Tensor, test: Tensor, path: str) -> None:
-    """Writes samples, then test images, each above its nearest training image, with their distance in pixels."""
-    rows, captions = [], []
-    for name, images in (("samples", samples), ("test images", test)):
-        distances, index = nearest_training_digit(images, train)
-        rows += [images, train[index]]
-        captions += [""] * len(images) + [f"{distance:.2f}" for distance in distances.tolist()]
-        print(f"{name}: median distance {distances.median():.2f}")
-    names = ["sample", "nearest\ntraining image", "test image", "nearest\ntraining image"]
-    save_table(torch.cat(rows), path, names, [""] * len(samples), captions)
+def show_nearest(samples: Tensor, train: Tensor, test: Tensor | None, path: str) -> None:
+    """Writes samples, then test images if there are any, each above its nearest training image, with their distance.
+
+    Of more than a table's width, a grid: each image beside its nearest, and no distances.
+    """
+    rows, captions, names = [], [], []
+    for name, images in (("sample", samples), ("test image", test)):
+        if images is None:
+            print("a folder has no test pictures to compare with")
+        elif name == "sample" or len(images) == len(samples):
+            distances, index = nearest_training_digit(images, train)
+            rows, names = [*rows, images, train[index]], [*names, name, "nearest\ntraining image"]
+            captions += [""] * len(images) + [f"{distance:.2f}" for distance in distances.tolist()]
+            print(f"{name}s: median distance {distances.median():.2f}")
+    if len(samples) <= TABLE:
+        save_table(torch.cat(rows), path, names, [""] * len(samples), captions)
+    else:
+        pairs = torch.stack([torch.cat(rows[::2]), torch.cat(rows[1::2])], dim=1).flatten(0, 1)
+        save_grid(pairs, path, columns=2 * math.ceil(math.sqrt(len(pairs) / 4)))
 
 
 def show_denoising(lesson, network, config, y: Tensor, seed: int, precision: str, path: str) -> Tensor:

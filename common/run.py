@@ -7,22 +7,22 @@ import re
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common import ranks
 from common.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from common.cli import StopRequest, is_out_of_memory
+from common.cli import Stopped, StopRequest, by_product, is_out_of_memory, progress
 from common.cli import run as run_main
 from common.config import RunConfig, flag_of, learning_rate, parse_config
 from common.data import load_pictures
 from common.errors import LessonError
-from common.files import atomic_write, check_writable
-from common.images import check_finite, save_gif, save_grid
+from common.files import Claim, atomic_write, check_writable
+from common.images import check_finite, save_gif, save_grid, some_frames
 from common.machine import InBatches, autocast, choose_device, synchronize, training_precision
 from common.noise import SeededNoise
 from common.training_log import TrainingLog
@@ -47,7 +47,10 @@ def start(train, config_class, presets: dict[str, dict], lesson: str) -> None:
             config, checkpoint = resume_run(config, named, lesson)
         config.check()
         run = Run(config, lesson, checkpoint, overwrite)
-        train(run.config, run)
+        try:
+            train(run.config, run)
+        finally:
+            run.claim.release() if run.claim else None
         print(f"done: look at {run.folder / 'samples.png'}")
 
     run_main(main)
@@ -62,7 +65,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, lesson: str, checkpoint: dict | None = None, overwrite: bool = False):
-        self.began, self.stop = time.perf_counter(), StopRequest()
+        self.began, self.stop, self.claim = time.perf_counter(), False, None
         self.lesson, self.checkpoint, self.folder = lesson, checkpoint, Path(config.output)
         self.device = ranks.join(choose_device(config.device))
         if config.batch_size % ranks.world():
@@ -70,10 +73,16 @@ class Run:
         self.leads, self.earlier, self.ending, self.step = ranks.rank() == 0, [], 0, 0
         images = load_pictures(config) if self.leads else None
         ranks.agreed(None)  # one process downloads what is missing, then the others find it
-        self.images = (load_pictures(config) if images is None else images).to(self.device)
-        self.image_shape = tuple(self.images.shape[1:])  # (C, H, W)
-        if self.leads and not checkpoint:  # only now, when all that was given has proved usable
-            self.earlier = find_earlier_run(self.folder, overwrite)
+        images = load_pictures(config) if images is None else images
+        self.images, self.image_shape = images.to(self.device), tuple(images.shape[1:])  # (C, H, W)
+        self.data = f"{len(images)} pictures, {zlib.crc32(images.numpy()):08x}"
+        if checkpoint and checkpoint.get("data", self.data) != self.data:
+            raise LessonError(f"{self.folder} is a run on other pictures ({checkpoint['data']}, not {self.data})")
+        if self.leads:  # only now, when all that was given has proved usable
+            self.earlier = [] if checkpoint else find_earlier_run(self.folder, overwrite)
+            self.claim = Claim(self.folder)
+            for path in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                path.unlink(missing_ok=True) if FILES.match(path.name[1:]) else None
         torch.manual_seed(config.seed)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.precision = ranks.agreed(training_precision(config.precision, self.device))
@@ -96,7 +105,8 @@ class Run:
             print(f"processes   {ranks.world()}") if ranks.world() > 1 else None
             print(f"precision   {self.precision}")
             print(f"parameters  {sum(p.numel() for p in parts['network'].parameters()):,}")
-            print(f"images      {len(self.images)} of {' x '.join(map(str, self.image_shape))}")
+            where = self.config.images or self.config.dataset
+            print(f"images      {len(self.images)} of {' x '.join(map(str, self.image_shape))} from {where}")
             print(f"noise       {len(levels)} levels, from {levels[0]} to {levels[-1]}")
             for name, value in dataclasses.asdict(self.config).items():
                 print(f"  {name:<16}{value}")
@@ -105,9 +115,9 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Yields the number of each step that is left, from 1 on in a new run. Ends the program if it is stopped."""
-        B = self.config.batch_size
-        bar = {"initial": self.step * B, "unit": " images", "unit_scale": True, "disable": not self.leads}
-        with tqdm(total=self.config.steps * B, **bar) as self.bar:
+        B, self.stop = self.config.batch_size, StopRequest()
+        bar = {"initial": self.step * B, "disable": not self.leads}
+        with progress(self.config.steps * B, " images", **bar) as self.bar:
             while self.step < self.config.steps or self.config.minutes:  # until the steps for them are known
                 self.step += 1
                 yield self.step
@@ -144,7 +154,7 @@ class Run:
             self._announce((time.perf_counter() - self.clock) / (TIMED - WARM))
         closes = self.step % LOG_EVERY == 0
         if closes:
-            self.bar.set_postfix(loss=f"{self.log.close_row():.2f}")
+            self.bar.set_postfix(loss=f"{self.log.close_row():.2f}", refresh=sys.stderr.isatty())
         if self.device.type == "cpu" or closes:  # a GPU would have to wait for the others' answer at each step
             self.ending = ranks.largest(self.stop.signal_number, self.device)
         if self.ending or self.step % self.config.preview_every == 0 or self.step == self.config.steps:
@@ -163,31 +173,39 @@ class Run:
 
     def to_sample(self, network: torch.nn.Module) -> InBatches:
         """The network, in batches and in the precision of the run."""
-        return InBatches(network, self.precision)
+        return InBatches(network, self.precision, stop=self.stop)
 
     def show(self, frames: Iterable[Tensor]) -> None:
         """Writes the last of the frames as samples_step_....png; gives up if the run is to stop."""
-        for images in frames:  # noqa: B007
-            if self.stop:
-                return
+        try:
+            *_, images = some_frames(self._until_stop(frames))
+        except Stopped:
+            return
         check_finite(images)
-        save_grid(images, self.folder / f"samples_step_{self.step:06d}.png")
+        with by_product("preview"):
+            save_grid(images, self.folder / f"samples_step_{self.step:06d}.png")
 
     def last_pictures(self, frames: Iterable[Tensor]) -> list[Tensor]:
         """Writes samples.png and trajectory.gif, and returns the frames. From here on there is only one process."""
         ranks.leave()
         if not self.leads:
             sys.exit(0)
-        kept = []
-        for images in frames:
-            kept.append(images)
-            if self.stop:
-                self.ending = self.stop.signal_number
-                self._exit("the checkpoint is saved, the last pictures are not made")
+        try:
+            kept = some_frames(self._until_stop(frames))
+        except Stopped:
+            self.ending = self.stop.signal_number
+            self._exit("the checkpoint is saved, the last pictures are not made")
         check_finite(kept[-1])
         save_grid(kept[-1], self.folder / "samples.png")
-        save_gif(kept, self.folder / "trajectory.gif")
+        with by_product("trajectory.gif"):
+            save_gif(kept, self.folder / "trajectory.gif")
         return kept
+
+    def _until_stop(self, frames):
+        for images in frames:
+            if self.stop:
+                raise Stopped
+            yield images
 
     def _save(self):
         """Writes checkpoint.pt, config.json and the log. LessonError, and the last checkpoint stays, if weights are not
@@ -204,14 +222,15 @@ class Run:
             return
         config = dataclasses.asdict(self.config)
         states |= {"generator": self.generator.get_state(), "device": self.device.type, "config": config}
-        states |= {"image_shape": self.image_shape, "step": self.step}
+        states |= {"image_shape": self.image_shape, "step": self.step, "data": self.data}
         save_checkpoint(self.folder / "checkpoint.pt", self.lesson, **states)
         for path in self.earlier:  # only now: the new run has proved that it can take a step and write it
             path.unlink(missing_ok=True)
         self.earlier = []
-        with atomic_write(self.folder / "config.json") as temporary:
+        with by_product("config.json"), atomic_write(self.folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
-        self.log.write(self.folder, reference=self.images[0].numel() / 2)
+        with by_product("metrics.csv or loss.png"):
+            self.log.write(self.folder, reference=self.images[0].numel() / 2)
 
     def _restore(self):
         """Puts what `_save` wrote back. LessonError if it is not all there, or does not fit."""

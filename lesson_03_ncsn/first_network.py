@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and the one that holds common/
 
 from loss import denoising_score_matching_loss
 from noise_scales import geometric_noise_scales

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and the one that holds common/
 
 from sampler import annealed_langevin_dynamics, inpaint, langevin_step_size, tweedie
 from score_network import ScoreNetwork

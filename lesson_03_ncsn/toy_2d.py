@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and the one that holds common/
 
 from loss import denoising_score_matching_loss
 from matplotlib.figure import Figure

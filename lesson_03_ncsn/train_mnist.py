@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and the one that holds common/
 
 from loss import denoising_score_matching_loss
 from noise_scales import geometric_noise_scales

@@ -24,29 +24,32 @@ def geometric_noise_scales(sigma_1: float, sigma_L: float, L: int) -> Tensor:
 def largest_pairwise_distance(images: Tensor) -> float:
     """Technique 1: the largest Euclidean distance between two images, so that noise of scale sigma_1 joins any two.
 
-    images (N, C, H, W) float, N >= 1 (ValueError otherwise); 0 for one image. Exact for any input. It is fast because
+    images (N, C, H, W), N >= 1 (ValueError otherwise); 0 for one image. Exact for any input. It is fast because
     for vectors without negative entries |x - y|^2 <= |x|^2 + |y|^2: with images in descending order of their norm,
     a short way down the list no pair can be farther apart than the best one found, and the rest is never compared.
     """
     if len(images) == 0:
         raise ValueError("the largest pairwise distance needs at least one image")
     x = images.flatten(1)  # (N, D)
-    x = x - x.amin(0)  # distances stay as they are, and no entry is negative
-    square_norms, order = x.square().sum(1).sort(descending=True)  # (N,)
+    low = x.amin(0).float()  # taken away, it leaves the distances as they are, and no entry is negative
+    square_norms = torch.cat([(part - low).square().sum(1) for part in x.split(4096)])  # (N,)
+    square_norms, order = square_norms.sort(descending=True)
     best, pair, rows = -1.0, (0, 0), 256
     for start in range(0, len(x), rows):
         end = int((square_norms[start] + square_norms > best).sum())  # only these can be far enough from this block
         if end <= start:
             break
-        a, b = x[order[start : start + rows]], x[order[start:end]]
-        square = square_norms[start : start + rows, None] + square_norms[None, start:end] - 2 * a @ b.T
-        if square.max() > best:
-            best = square.max().item()
-            row, column = divmod(square.argmax().item(), len(b))
-            pair = order[start + row], order[start + column]
-    return (
-        (x[pair[0]].cpu().double() - x[pair[1]].cpu().double()).norm().item()
-    )  # without the rounding of the matrix product
+        a = x[order[start : start + rows]] - low
+        for first in range(start, end, 4096):
+            others = slice(first, min(first + 4096, end))
+            b = x[order[others]] - low
+            square = square_norms[start : start + rows, None] + square_norms[None, others] - 2 * a @ b.T
+            if square.max() > best:
+                best = square.max().item()
+                row, column = divmod(square.argmax().item(), len(b))
+                pair = order[start + row], order[first + column]
+    a, b = (x[k].cpu().double() for k in pair)
+    return (a - b).norm().item()  # without the rounding of the matrix product
 
 
 def noise_scale_ratio(dimension: int, overlap: float = 0.5) -> float:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and the one that holds common/
 
 from loss import denoising_score_matching_loss
 from noise_scales import geometric_noise_scales, largest_pairwise_distance, noise_scale_ratio, number_of_noise_scales
@@ -89,7 +89,7 @@ def train(config: Config, run: Run) -> None:
         if run.checkpoint:
             sigmas = run.checkpoint["network"]["sigmas"]  # (L,)
         else:
-            sigma_1 = largest_pairwise_distance(run.images / 255)  # Technique 1
+            sigma_1 = largest_pairwise_distance(run.images) / 255  # Technique 1
             gamma = noise_scale_ratio(run.images[0].numel(), config.overlap)  # Technique 2
             L = number_of_noise_scales(sigma_1, config.sigma_L, gamma)
             sigmas = geometric_noise_scales(sigma_1, config.sigma_L, L)

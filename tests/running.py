@@ -64,8 +64,8 @@ def some_pictures(config):
     return common.data.load_pictures(config) if config.images else some_images(config.dataset)
 
 
-def run_here(lesson, *flags, name="train_mnist", **patches):
-    """Runs a lesson's script in this process, with the first 1000 digits and an empty loss.png.
+def run_here(lesson, *flags, name="train_mnist", digits=1000, **patches):
+    """Runs a lesson's script in this process, with the first 1000 digits (or all: 60 000) and an empty loss.png.
 
     patches: {name: value} that the lesson's train_mnist.py, or sample.py, has in place of its own.
     """
@@ -74,7 +74,8 @@ def run_here(lesson, *flags, name="train_mnist", **patches):
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        patch.setattr(common.run, "load_pictures", some_pictures)
+        if digits == 1000:
+            patch.setattr(common.run, "load_pictures", some_pictures)
         # Drawing the plot takes half of the time of such a short run
         patch.setattr(common.training_log, "save_loss_plot", lambda *arguments: arguments[-2].touch())
         for key, value in patches.items():

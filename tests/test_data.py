@@ -4,6 +4,7 @@ import shutil
 import struct
 import urllib.error
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_load_folder_reads_every_kind_in_order(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("not a picture")
     levels = load_folder(tmp_path, 4, 1).float().mean((1, 2, 3))
     torch.testing.assert_close(levels, 30.0 * torch.arange(7), atol=2, rtol=0)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"7 pictures from {tmp_path}, 1 files left out (1 .txt)\n"
 
 
 def modes():
@@ -244,8 +245,9 @@ def test_load_folder_names_what_it_leaves_out(folder, capsys, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # Pillow itself would only warn up to twice that
     assert len(load_folder(folder, 8, 3)) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
-    assert all(name in line for name, line in zip(["bomb.png", "short.png", "text.jpg"], lines, strict=True))
+    assert len(lines) == 4
+    assert all(name in line for name, line in zip(["bomb.png", "short.png", "text.jpg"], lines))
+    assert lines[3] == f"1 pictures from {folder}, 3 files left out (3 that cannot be read)"
 
 
 def test_load_folder_names_ten_and_counts_the_rest(folder, capsys):
@@ -255,7 +257,54 @@ def test_load_folder_names_ten_and_counts_the_rest(folder, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11
     assert "09.png" in lines[9]
-    assert lines[10] == "left out 3 more"
+    assert lines[10] == f"1 pictures from {folder}, 13 files left out (13 that cannot be read)"
+
+
+def test_load_folder_says_what_it_does_not_read(folder, capsys):
+    for name in ("a.txt", "b.txt", "c", "d.svg", ".hidden.png", "._wide.png"):
+        (folder / name).write_text("")
+    load_folder(folder, 8, 3)
+    line = f"1 pictures from {folder}, 4 files left out (2 .txt, 1 without an ending, 1 .svg)\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("ending", ["tif", "tiff", "jfif", "ppm", "tga"])
+def test_load_folder_reads_whatever_pillow_reads(tmp_path, ending):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / f"x.{ending}")
+    assert load_folder(tmp_path, 4, 3).shape == (1, 3, 4, 4)
+
+
+def test_load_folder_follows_links_but_not_in_circles(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    Image.new("RGB", (4, 4), "red").save(elsewhere / "b.png")
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "up").symlink_to(folder)
+    assert len(load_folder(folder, 4, 3)) == 2
+
+
+def test_load_folder_leaves_out_hidden_folders_and_what_a_run_wrote(folder):
+    for name in (".ipynb_checkpoints", "output", "output/old"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "wide.png", folder / name)
+    for name in ("checkpoint.pt", "config.json"):
+        (folder / "output" / name).touch()
+    assert len(load_folder(folder, 4, 3)) == 1
+
+
+def test_load_folder_names_folders_that_cannot_be_listed(folder, capsys, monkeypatch):
+    (folder / "closed").mkdir()
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert len(load_folder(folder, 4, 3)) == 1
+    assert f"left out {folder / 'closed'}: Permission denied\n" in capsys.readouterr().err
 
 
 def test_load_folder_without_pictures(folder):

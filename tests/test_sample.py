@@ -229,6 +229,21 @@ def test_the_noise_that_a_sampler_adds_has_the_size_of_the_step_that_was_asked_f
     assert float(frames[-1].double().var()) == pytest.approx(float(start + T * alpha.sum()), rel=0.05)
 
 
+def test_few_calls_take_some_of_the_noise_scales_evenly_chosen():
+    lesson = SimpleNamespace(name="lesson_04_ncsnv2")
+    score, frames = counted(lesson, "consistent", 5)
+    L = len(score.sigmas)
+    assert score.levels == [0, round((L - 1) / 3), round(2 * (L - 1) / 3), L - 1, L - 1] and len(frames) == 5
+
+
+def test_a_consistent_step_goes_two_fifths_of_the_way_and_refills_the_noise():
+    """With a score of zero the step adds only noise: what is missing of sigma_2 after (1 - eta) sigma_1, eta = 0.4."""
+    score, frames = counted(SimpleNamespace(name="lesson_04_ncsnv2"), "consistent")
+    sigma_1, sigma_2 = score.sigmas[:2].double().tolist()
+    expected = sigma_1**2 + sigma_2**2 - (0.6 * sigma_1) ** 2
+    assert float(frames[0].double().var()) == pytest.approx(expected, rel=0.05)
+
+
 def test_completions_start_as_samples_do_and_in_lesson_4_end_with_the_denoising_step(lesson):
     module, (network, config, _) = script(lesson.name, "sample"), shipped(lesson)
     y, known, L = torch.rand(30, 1, 8, 8), torch.zeros(1, 1, 8, 8), len(network.sigmas)

@@ -120,7 +120,7 @@ def test_smoke_prints_what_it_is_about_to_do(lesson, smoke):
     for name, value in json.loads((folder / "config.json").read_text()).items():
         assert re.search(rf"^  {name} +{re.escape(str(value))}$", result.stdout, re.MULTILINE), name
     assert re.search("^20 steps of 16 images, about 0.[0-9] minutes with the pictures$", result.stdout, re.MULTILINE)
-    assert "images      60000 of 1 x 28 x 28\n" in result.stdout and str(folder) in result.stdout
+    assert "images      60000 of 1 x 28 x 28 from mnist\n" in result.stdout and str(folder) in result.stdout
     assert re.search(r"^noise +\d+ levels, from sigma [\d.]+ to sigma [\d.]+$", result.stdout, re.MULTILINE)
     assert f"done: look at {folder / 'samples.png'}\n" in result.stdout
     assert re.search(r"320/320 .*images/s, loss=\d+\.\d", result.stderr)
@@ -183,7 +183,7 @@ def test_smoke_configuration_is_what_the_flags_said(lesson, smoke):
 
 def test_smoke_checkpoint_has_all_a_run_needs(lesson, smoke):
     checkpoint = read_checkpoint(smoke[0])
-    names = {"lesson", "step", "image_shape", "config", "network", "optimizer", "generator", "device", "log"}
+    names = {"lesson", "step", "image_shape", "config", "network", "optimizer", "generator", "device", "data", "log"}
     assert set(checkpoint) == names | ({"ema"} if lesson.name == "lesson_04_ncsnv2" else set())
     assert (checkpoint["lesson"], checkpoint["step"]) == (lesson.name, 20)
     assert checkpoint["image_shape"] == (1, 28, 28)
@@ -295,15 +295,15 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(tmp_path):
 
     python, script_name, *flags = shlex.split(advice)
     assert (python, script_name, flags[-1]) == ("python", "train_mnist.py", "--resume")
-    assert run_here(name, *flags, "--steps", step + 10).status == 0
+    assert run_here(name, *flags, "--steps", step + 10, digits=60_000).status == 0
     steps = [row[0] for row in read_metrics(folder)[1]]
     assert steps[: step // 10 + 1] == list(range(10, step + 11, 10))
     assert (folder / "samples.png").exists()
 
 
-def draw_with_signal(draw):
+def draw_with_signal(draw, number=signal.SIGTERM):
     """`draw`, interrupted the first time it is called; a second signal would end the program, and that is the test."""
-    numbers = [signal.SIGTERM]
+    numbers = [number]
 
     def interrupted(*arguments):
         if numbers:
@@ -372,10 +372,12 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
                 with Image.open(path) as picture:
                     picture.load()  # raises if it is cut short
             elif path.suffix != ".tmp":
-                assert path.name in ("checkpoint.pt", "config.json", "metrics.csv")
+                assert path.name in ("checkpoint.pt", "config.json", "metrics.csv", ".in_use")
         assert json.loads((tmp_path / "config.json").read_text())["L"] == 5
         flags = [*flags, "--resume"]
-    assert run_here("lesson_03_ncsn", *flags, "--steps", step + 2, "--preview-every", 1000).status == 0
+    ended = run_here("lesson_03_ncsn", *flags, "--steps", step + 2, "--preview-every", 1000, digits=60_000)
+    assert ended.status == 0, ended.stderr
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())  # no temporaries, no mark
     assert read_checkpoint(tmp_path)["step"] == step + 2
     assert (tmp_path / "samples.png").exists()
 
