@@ -1,4 +1,4 @@
-"""What people run into, by the report of other projects: odd data, odd places, late mistakes. Nothing of theirs is lost."""
+"""What people run into, as other projects' reports tell: odd data, odd places, late mistakes. Nothing is lost."""
 
 import csv
 import json
@@ -250,7 +250,7 @@ def test_the_mark_of_a_dead_run_is_no_obstacle(lesson, tmp_path):
 
 def test_home_is_not_a_folder_named_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    config, *_ = parse_config(RunConfig, {}, ["--output=~/run", "--images=~/pictures"])
+    config, *_ = parse_config(RunConfig, {"smoke": {}}, ["--output=~/run", "--images=~/pictures"])
     assert config.output == str(tmp_path / "run") and config.images == str(tmp_path / "pictures")
 
 
