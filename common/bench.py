@@ -20,7 +20,7 @@ from common.config import check_range
 from common.machine import InBatches, choose_device, synchronize, training_precision
 from common.run import Run
 
-WARM, TIMED = 2, 6  # the steps of a round that do not count, and those that do
+WARM, TIMED = 1, 4  # the steps of a round that do not count, and those that do
 
 
 class MeasuredError(Exception):
@@ -67,7 +67,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m common.bench", description=__doc__.split("\n")[0])
     parser.add_argument("lesson", nargs="?", default="lesson_04_ncsnv2", help="its folder (default: lesson_04_ncsnv2)")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is printed (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median is printed (default: 3)")
     parser.add_argument("--smoke", action="store_true", help="only a tiny network: tests the bench")
     options = parser.parse_args()
     check_range("--rounds", options.rounds)

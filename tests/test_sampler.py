@@ -91,6 +91,14 @@ def test_sampling_keeps_no_graph_and_leaves_gradients_on_between_frames(lesson):
         assert torch.is_grad_enabled()
 
 
+def test_known_pixels_have_the_noise_of_each_scale(lesson):
+    """All pixels known, all of them 0: what is left is the noise that was put on them, at every scale."""
+    x, known = torch.zeros(400, 1, 4, 4), torch.ones(1, 1, 1, 1)
+    frames = lesson.sampler.inpaint(Recorder(), x, known, x + 5, SIGMAS, 2, 1e-5)
+    deviations = torch.stack([frame.std() for frame in frames])
+    torch.testing.assert_close(deviations, SIGMAS, rtol=0.05, atol=0)
+
+
 # Randomness
 
 
