@@ -46,7 +46,7 @@ def evaluate(monkeypatch):
 @pytest.fixture(scope="module")
 def short(lesson, tmp_path_factory):
     folder = tmp_path_factory.mktemp(lesson.name)
-    assert quick(lesson.name, "--output", folder).status == 0
+    assert quick(lesson.name, "--T", 20, "--output", folder).status == 0  # more than lesson 3 takes for a quick look
     return folder / "checkpoint.pt"
 
 
