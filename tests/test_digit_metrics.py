@@ -218,6 +218,13 @@ def test_report_puts_samples_between_floor_and_ceiling(report):
     assert sum(samples["histogram"]) == 100
 
 
+def test_report_compares_with_the_test_digits(train, test_features, report):
+    features = digit_features(train[:100] / 255)
+    assert report["samples"]["fid"] == pytest.approx(frechet_distance(features, test_features))
+    precision, recall = precision_recall(test_features, features)
+    assert (report["samples"]["precision"], report["samples"]["recall"]) == (precision, recall)
+
+
 def test_report_unmasks_copies_and_its_floor_is_not_one(report):
     assert report["samples"]["nearest"] == 0
     assert 3 < report["floor"]["nearest"] < 9 < report["ceiling"]["nearest"]
