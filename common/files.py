@@ -46,8 +46,8 @@ class Claim:
 
     def __init__(self, folder: Path):
         self.path = folder / ".in_use"
+        self.file = open(self.path, "w")
         try:
-            self.file = open(self.path, "w")
             if os.name == "nt":
                 import msvcrt
 
@@ -56,10 +56,11 @@ class Claim:
                 import fcntl
 
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise LessonError(
-                f"another run is writing to {folder}: wait for its end, or choose another --output"
-            ) from error
+        except (BlockingIOError, PermissionError) as error:
+            text = f"another run is writing to {folder}: wait for its end, or choose another --output"
+            raise LessonError(text) from error
+        except OSError:  # a network's file system that knows no locks
+            pass
 
     def release(self) -> None:
         """Gives the folder back."""
