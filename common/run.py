@@ -88,6 +88,11 @@ class Run:
         self.precision = ranks.agreed(training_precision(config.precision, self.device))
         self.config = dataclasses.replace(config, precision=self.precision)
 
+    def say(self, what: str) -> None:
+        """Tells the person, once, what takes long now."""
+        if self.leads:
+            print(what, file=sys.stderr, flush=True)
+
     def begin(self, levels: Sequence[str], calls: tuple[int, int], **parts) -> None:
         """Takes what a checkpoint has to hold, and fills it from the one the run goes on from.
 

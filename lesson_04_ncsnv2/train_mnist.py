@@ -89,6 +89,7 @@ def train(config: Config, run: Run) -> None:
         if run.checkpoint:
             sigmas = run.checkpoint["network"]["sigmas"]  # (L,)
         else:
+            run.say(f"looking for the largest distance between two of {len(run.images)} pictures")
             sigma_1 = largest_pairwise_distance(run.images) / 255  # Technique 1
             gamma = noise_scale_ratio(run.images[0].numel(), config.overlap)  # Technique 2
             L = number_of_noise_scales(sigma_1, config.sigma_L, gamma)
