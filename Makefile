@@ -11,7 +11,7 @@ lesson-03 lesson-04: lesson-%: $(VENV)/installed
 	cd lesson_$*_* && "$(BIN)/python" train_mnist.py
 
 test: $(VENV)/installed-dev lint
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist loadfile
+	"$(BIN)/python" -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	"$(BIN)/ruff" check .

@@ -57,6 +57,7 @@ class Claim:
 
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
+            self.file.close()
             text = f"another run is writing to {folder}: wait for its end, or choose another --output"
             raise LessonError(text) from error
         except OSError:  # a network's file system that knows no locks
