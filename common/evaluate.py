@@ -3,6 +3,7 @@
 The checkpoint says of which lesson it is.
 """
 
+import os
 from argparse import ArgumentParser
 
 import torch
@@ -28,6 +29,7 @@ def main() -> None:
     add("--calls", type=int, help="network calls for each sample (default: as many as the paper has)")
     add("--save", metavar="PATH", help="also write the samples, as a tensor, to this file")
     options = parser.parse_args()
+    options.path, options.save = (path and os.path.expanduser(path) for path in (options.path, options.save))
     check_range("--num", options.num, 4, 10_000)
     check_range("--seed", options.seed, 0, 2**62)
     if options.calls is not None:

@@ -151,7 +151,7 @@ def test_damaged_fashion_mnist(monkeypatch, tmp_path):
     raw.mkdir(parents=True)
     for name in data.MNIST_MD5:  # Fashion-MNIST's files have the same names
         (raw / name).write_bytes(idx([3, 28, 28], range(100)))
-    with pytest.raises(LessonError, match="fashion_mnist could not be loaded.*delete what is damaged"):
+    with pytest.raises(LessonError, match="fashion_mnist could not be loaded.*damaged, or unpack what was packed"):
         load_images("fashion_mnist")
 
 
