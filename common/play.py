@@ -242,7 +242,9 @@ def show_denoising(lesson, network, config, y: Tensor, seed: int, precision: str
     check_finite(torch.cat([guess for _, guess in pairs]))
     rows = [torch.stack([y, *images], 1) for images in zip(*pairs)]
     table = rearrange(rows, "two n k c h w -> (n two k) c h w")
-    save_table(table, path, ["with noise", "network's guess"] * len(y), ["clean", *(names[k] for k in some)])
+    save_table(
+        table, path, ["with noise", "network's guess"] * len(y), ["clean", *(names[k].replace(" ", "\n") for k in some)]
+    )
     return torch.cat([guess for _, guess in pairs])
 
 
