@@ -65,7 +65,7 @@ class TimedRun(Run):
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m common.bench", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m common.bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("lesson", nargs="?", default="lesson_04_ncsnv2", help="its folder (default: lesson_04_ncsnv2)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is printed (default: 3)")
     parser.add_argument("--smoke", action="store_true", help="only a tiny network: tests the bench")

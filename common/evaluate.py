@@ -20,7 +20,9 @@ from common.play import sample_all
 
 def main() -> None:
     """Reads the flags, samples if a checkpoint is given, and prints the table."""
-    parser = ArgumentParser(prog="python -m common.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m common.evaluate", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
     add = parser.add_argument
     add("path", help="a checkpoint, or samples (N, 1 or 3, 28, 28) in [0, 1] saved by torch.save")
     add("--num", type=int, default=1000, help="how many samples to make (default: 1000)")

@@ -29,10 +29,10 @@ class SeededNoise:
         return z.to(x.device)
 
 
-Generator = torch.Generator | SeededNoise | None  # None: torch's own random numbers
+Noise = torch.Generator | SeededNoise | None  # where random numbers come from; None: torch's own random numbers
 
 
-def noise_like(x: Tensor, generator: Generator = None) -> Tensor:
+def noise_like(x: Tensor, generator: Noise = None) -> Tensor:
     """Standard normal noise shaped like x, on its device."""
     if isinstance(generator, SeededNoise):
         return generator.like(x)

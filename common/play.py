@@ -235,7 +235,7 @@ def show_nearest(samples: Tensor, train: Tensor, test: Tensor | None, path: str)
 
 def show_denoising(lesson, network, config, y: Tensor, seed: int, precision: str, path: str) -> Tensor:
     """Writes images y with noise of LEVELS levels and, below, what the network takes them for; returns that."""
-    names, z, network = lesson.noise_levels(network, config), torch.empty_like(y), InBatches(network, precision)
+    names, network = lesson.noise_levels(network, config), InBatches(network, precision)
     some = evenly(len(names), LEVELS).flip(0).tolist()
     z = SeededNoise(range(seed, seed + len(y))).like(y)
     pairs = [lesson.noise_and_guess(network, config, y, z, k) for k in some]

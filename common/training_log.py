@@ -30,7 +30,7 @@ class TrainingLog:
         """Takes, for each image of one step, its loss and where between the noisiest level, 0, and the cleanest, 1, it
         was: (B, 2).
         """
-        self.recent.append((step, losses.detach()))
+        self.recent.append((step, losses))
 
     def check(self) -> None:
         """LessonError that names step and noise level if a loss since the last row is not finite."""

@@ -12,7 +12,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, an
 from sampler import annealed_langevin_dynamics, inpaint, langevin_step_size, tweedie
 from score_network import ScoreNetwork
 
-from common.noise import Generator, noise_like
+from common.noise import Noise, noise_like
 from common.play import langevin_steps, main
 
 LESSON, WEIGHTS = "lesson_03_ncsn", "network"  # its name, and which weights of a checkpoint samples come from
@@ -32,7 +32,7 @@ def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
 
 
 @torch.no_grad()
-def draw(network, config, shape: tuple, generator: Generator, sampler: str, calls: int) -> Iterator[Tensor]:
+def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: int) -> Iterator[Tensor]:
     """Yields images of `shape` (N, C, H, W) after each noise scale, with so many network calls."""
     sigmas, T = network.sigmas, langevin_steps(calls, len(network.sigmas))
     epsilon = langevin_step_size(sigmas, T, config.T, config.epsilon)
@@ -41,13 +41,11 @@ def draw(network, config, shape: tuple, generator: Generator, sampler: str, call
 
 
 @torch.no_grad()
-def fill_in(network, config, y: Tensor, known: Tensor, generator: Generator, calls: int) -> Tensor:
+def fill_in(network, config, y: Tensor, known: Tensor, generator: Noise, calls: int) -> Tensor:
     """Images y (N, C, H, W) with other pixels where known (1, 1, H, W) is 0."""
     sigmas, T = network.sigmas, langevin_steps(calls, len(network.sigmas))
-    start, epsilon = (
-        torch.special.ndtr(noise_like(y, generator)),
-        langevin_step_size(sigmas, T, config.T, config.epsilon),
-    )
+    start = torch.special.ndtr(noise_like(y, generator))
+    epsilon = langevin_step_size(sigmas, T, config.T, config.epsilon)
     *_, x = inpaint(network, y, known, start, sigmas, T, epsilon, generator)
     return x * (1 - known) + y * known
 

@@ -21,7 +21,7 @@ from sampler import (
 from score_network import ScoreNetwork
 
 from common.errors import LessonError
-from common.noise import Generator, noise_like
+from common.noise import Noise, noise_like
 from common.play import evenly, langevin_steps, main
 
 LESSON, WEIGHTS = "lesson_04_ncsnv2", "ema"  # its name, and which weights of a checkpoint samples come from
@@ -41,7 +41,7 @@ def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
 
 
 @torch.no_grad()
-def draw(network, config, shape: tuple, generator: Generator, sampler: str, calls: int) -> Iterator[Tensor]:
+def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: int) -> Iterator[Tensor]:
     """Yields images of `shape` (N, C, H, W) after each noise scale and, last, denoised, with so many network calls.
 
     With fewer calls than noise scales, consistent sampling takes some of the scales only, evenly chosen.
@@ -65,7 +65,7 @@ def draw(network, config, shape: tuple, generator: Generator, sampler: str, call
 
 
 @torch.no_grad()
-def fill_in(network, config, y: Tensor, known: Tensor, generator: Generator, calls: int) -> Tensor:
+def fill_in(network, config, y: Tensor, known: Tensor, generator: Noise, calls: int) -> Tensor:
     """Images y (N, C, H, W) with other pixels where known (1, 1, H, W) is 0."""
     sigmas, T = network.sigmas, langevin_steps(calls, len(network.sigmas), 1)
     start = sigmas[0] * noise_like(y, generator)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from common.noise import Generator, noise_like
+from common.noise import Noise, noise_like
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (x, i) -> the score, shaped like x
 
 
 @torch.no_grad()
 def annealed_langevin_dynamics(
-    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Generator = None
+    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
 ) -> Iterator[Tensor]:
     """Algorithm 1 of the NCSNv2 paper. x (B, C, H, W) is the start; yields x after each of the L noise scales.
 
@@ -36,14 +36,7 @@ def annealed_langevin_dynamics(
 
 @torch.no_grad()
 def inpaint(
-    score: Score,
-    y: Tensor,
-    known: Tensor,
-    x: Tensor,
-    sigmas: Tensor,
-    T: int,
-    epsilon: float,
-    generator: Generator = None,
+    score: Score, y: Tensor, known: Tensor, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
 ) -> Iterator[Tensor]:
     """Algorithm 2 of the NCSN paper: Algorithm 1 that holds the known pixels of y at the noise of each scale.
 
@@ -101,7 +94,7 @@ def smallest_eta(sigmas: Tensor) -> float:
 
 @torch.no_grad()
 def consistent_annealed_sampling(
-    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Generator = None
+    score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
 ) -> Iterator[Tensor]:
     """Algorithm 1's fresh noise, set so that x holds exactly the noise that the next step expects.
 
