@@ -25,7 +25,7 @@ bench: $(VENV)/installed
 	"$(BIN)/python" -m common.bench
 
 diff:
-	diff -r -u0 -x output -x __pycache__ --color=always lesson_03_ncsn lesson_04_ncsnv2 | less -R
+	diff -r -u0 -x output -x __pycache__ -x README.md -x '*.pt' --color=always lesson_03_ncsn lesson_04_ncsnv2 | less -R
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv "$(VENV)"

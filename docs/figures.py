@@ -29,6 +29,7 @@ from common.errors import LessonError
 from common.files import atomic_write
 from lesson_04_ncsnv2.noise_scales import geometric_noise_scales, noise_scale_ratio, number_of_noise_scales
 from lesson_04_ncsnv2.sampler import langevin_step_size
+from lesson_04_ncsnv2.unconditional import noise_after_langevin, step_size_for_all_levels
 
 D, SIGMA_1, SIGMA_L = 28 * 28, 16.8758, 0.01  # SIGMA_1 is what Technique 1 computes for MNIST
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # for the colour-blind too (Okabe and Ito)
@@ -93,7 +94,7 @@ def modes(path: Path, number: int = 1000, chains: int = 400, T: int = 100) -> No
 
 
 def overlap(gamma: float, dimension: int = D) -> float:
-    """The left side of Eq. 4 of NCSNv2: how much of a noise scale's shell lies within 3 deviations of the next."""
+    """The left side of Eq. 4 of NCSNv2: how much noise of a scale is as long as the larger scale's, to 3 deviations."""
 
     def Phi(t):
         return 0.5 * math.erfc(-t / math.sqrt(2))
@@ -152,6 +153,12 @@ def step_size(path: Path) -> None:
         label = f"T = {T}: $\\epsilon$ = {best * SIGMA_L**2:.3g}"
         panel.plot(r, left(r, T), color=color, linestyle=style, linewidth=2, label=label)
         panel.plot(best, left(best, T), "o", color=color, markersize=8)
+    for T in (1, 2, 3, 5, 10):  # the table of "The price of Technique 3"
+        cells = []
+        for epsilon in (langevin_step_size(sigmas, T), step_size_for_all_levels(sigmas, T)):
+            left_over = (SIGMA_L * float(noise_after_langevin(sigmas, T, epsilon, exact)) for exact in (True, False))
+            cells += [f"{epsilon / SIGMA_L**2:.3f}", *(f"{noise:.3g}" for noise in left_over)]
+        print(f"| {T} | " + " | ".join(cells[:4] + cells[5:]) + " |")
     panel.axvline(0.1, color="black", linewidth=1)  # 2e-5 / 2: lesson 3 has epsilon / 2 where lesson 4 has epsilon
     panel.text(0.093, 1.19, "lesson 3's step", ha="right", va="center", fontsize=11)
     panel.set(xscale="log", ylim=(1, 1.2), xlim=(1e-3, 1))

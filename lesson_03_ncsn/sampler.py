@@ -1,4 +1,4 @@
-"""Annealed Langevin dynamics: walk uphill on the log density of the noisy data, kept random by fresh noise."""
+"""Annealed Langevin dynamics: climb the log-density of the noisy data, kept random by fresh noise."""
 
 from collections.abc import Callable, Iterator
 
@@ -39,7 +39,7 @@ def inpaint(
     for n, sigma_i in enumerate(sigmas):
         i = torch.full((len(x),), n, device=x.device)
         alpha_i = epsilon * sigma_i**2 / sigmas[-1] ** 2
-        noisy_y = y + sigma_i * noise_like(y, generator)  # drawn once for all T steps
+        noisy_y = y + sigma_i * noise_like(y, generator)  # sampled once for all T steps
         for _ in range(T):
             z = noise_like(x, generator)
             x = x + alpha_i / 2 * score(x, i) + alpha_i.sqrt() * z
@@ -57,7 +57,7 @@ def tweedie(score: Score, x: Tensor, sigmas: Tensor, i: Tensor) -> Tensor:
 
 
 def langevin_step_size(sigmas: Tensor, T: int, known_T: int, known_epsilon: float) -> float:
-    """The epsilon > 0 for T steps at each scale, from one that was found by trying, for known_T steps (ours).
+    """The epsilon > 0 for T steps at each scale, from the known one for known_T steps (ours).
 
     sigmas (L,). Fewer steps are as much longer, so that they get as far, but not longer than sigma_L^2, with which the
     drift of one step goes half the way to the clean image. More steps are as long as the known ones.

@@ -13,7 +13,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, an
 
 from loss import denoising_score_matching_loss
 from noise_scales import geometric_noise_scales
-from sample import LESSON, draw, make_network, noise_levels, number_of_calls
+from sample import LESSON, SAMPLERS, draw, make_network, noise_levels, number_of_calls
 
 from common.config import RunConfig
 from common.errors import usable
@@ -74,7 +74,7 @@ def train(config: Config, run: Run) -> None:
     network = make_network(config, run.image_shape[0], {"sigmas": sigmas})
     network.to(run.device, memory_format=torch.channels_last)
     optimizer = Optimizer(network, config.optimizer)
-    calls = [number_of_calls(network, config, "langevin", quick) for quick in (True, False)]
+    calls = [number_of_calls(network, config, SAMPLERS[0]), number_of_calls(network, config, SAMPLERS[-1], quick=False)]
     run.begin(noise_levels(network, config), calls, network=network, optimizer=optimizer)
 
     for _ in run.steps():
@@ -92,9 +92,9 @@ def train(config: Config, run: Run) -> None:
 
         run.record(loss, (i + 0.5) / len(sigmas))
         if run.preview_due:
-            run.show(draw(run.to_sample(network), config, *run.pictures, "langevin", calls[0]))
+            run.show(draw(run.to_sample(network), config, *run.pictures, SAMPLERS[0], calls[0]))
 
-    run.last_pictures(draw(run.to_sample(network), config, *run.pictures, "langevin", calls[1]))
+    run.last_pictures(draw(run.to_sample(network), config, *run.pictures, SAMPLERS[-1], calls[1]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The ladder of noise scales sigma_1 > sigma_2 > ... > sigma_L, from noise that hides everything to noise nobody sees.
+"""The noise scales sigma_1 > sigma_2 > ... > sigma_L, from noise that hides everything to noise nobody sees.
 
-Changes from lesson 3, where the three numbers of the ladder were given: they are computed from the data.
+Changes from lesson 3, where the three numbers sigma_1, sigma_L and L were given: they are computed from the data.
 - Technique 1, `largest_pairwise_distance`: sigma_1;
 - Technique 2, `noise_scale_ratio` and `number_of_noise_scales`: gamma and L.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def geometric_noise_scales(sigma_1: float, sigma_L: float, L: int) -> Tensor:
-    """The ladder: (L,) float32, descending, with the same ratio between neighbours (Sec. 5 of NCSN).
+    """The noise scales: (L,) float32, descending, with the same ratio between neighbours (Sec. 5 of NCSN).
 
     sigma_1 > sigma_L > 0 in the unit of pixel values, which run from 0 to 1; L >= 2. ValueError otherwise.
     """
     if not (sigma_1 > sigma_L > 0 and math.isfinite(sigma_1) and L >= 2):
-        raise ValueError(f"a ladder needs sigma_1 > sigma_L > 0 and L >= 2, not {sigma_1}, {sigma_L} and {L}")
+        raise ValueError(f"noise scales need sigma_1 > sigma_L > 0 and L >= 2, not {sigma_1}, {sigma_L} and {L}")
     return torch.linspace(math.log(sigma_1), math.log(sigma_L), L, dtype=torch.float64).exp().float()
 
 
@@ -31,7 +31,7 @@ def largest_pairwise_distance(images: Tensor) -> float:
     if len(images) == 0:
         raise ValueError("the largest pairwise distance needs at least one image")
     x = images.flatten(1)  # (N, D)
-    low = x.amin(0).float()  # taken away, it leaves the distances as they are, and no entry is negative
+    low = x.amin(0).float()  # subtracted, it leaves the distances as they are, and no entry is negative
     square_norms = torch.cat([(part - low).square().sum(1) for part in x.split(4096)])  # (N,)
     square_norms, order = square_norms.sort(descending=True)
     best, pair, rows = -1.0, (0, 0), 256
@@ -80,10 +80,10 @@ def noise_scale_ratio(dimension: int, overlap: float = 0.5) -> float:
 
 
 def number_of_noise_scales(sigma_1: float, sigma_L: float, gamma: float) -> int:
-    """Technique 2: the smallest L, at least 2, of a ladder from sigma_1 to sigma_L whose ratio is not above gamma.
+    """Technique 2: the smallest L, at least 2, of scales from sigma_1 to sigma_L whose ratio is not above gamma.
 
     sigma_1 > sigma_L > 0 and gamma > 1; ValueError otherwise.
     """
     if not (sigma_1 > sigma_L > 0 and gamma > 1):
-        raise ValueError(f"a ladder needs sigma_1 > sigma_L > 0 and gamma > 1, not {sigma_1}, {sigma_L} and {gamma}")
+        raise ValueError(f"noise scales need sigma_1 > sigma_L > 0 and gamma > 1, not {sigma_1}, {sigma_L} and {gamma}")
     return max(2, 1 + math.ceil(math.log(sigma_1 / sigma_L) / math.log(gamma) - 1e-9))

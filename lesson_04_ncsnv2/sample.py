@@ -10,12 +10,12 @@ from torch import Tensor
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and the one that holds common/
 
 from sampler import (
+    ancestral_eta,
     annealed_langevin_dynamics,
     consistent_annealed_sampling,
     denoise,
     inpaint,
     langevin_step_size,
-    smallest_eta,
     tweedie,
 )
 from score_network import ScoreNetwork
@@ -55,7 +55,7 @@ def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: i
         raise LessonError(f"--calls {calls}: consistent sampling needs at least 3, two noise scales and one to denoise")
     else:
         some = evenly(len(sigmas), calls - 1).to(sigmas.device)
-        epsilon = max(ETA, smallest_eta(sigmas[some])) * float(sigmas[-1]) ** 2
+        epsilon = max(ETA, ancestral_eta(sigmas[some])) * float(sigmas[-1]) ** 2
         T = (calls - 1) // len(some)
         score = lambda x, i: network(x, some[i])
         steps = consistent_annealed_sampling(score, x, sigmas[some], T, epsilon, generator)

@@ -1,9 +1,9 @@
-"""Annealed Langevin dynamics: walk uphill on the log density of the noisy data, kept random by fresh noise.
+"""Annealed Langevin dynamics: climb the log-density of the noisy data, kept random by fresh noise.
 
 Changes from lesson 3:
 - the update is written x + alpha s + sqrt(2 alpha) z, where lesson 3 has x + alpha/2 s + sqrt(alpha) z;
-- Technique 4, `langevin_step_size`: epsilon is computed from the ladder and T;
-- `denoise`: one last step takes away the noise that is left;
+- Technique 4, `langevin_step_size`: epsilon is computed from the noise scales and T;
+- `denoise`: one last step;
 - `consistent_annealed_sampling`: a later sampler that needs fewer network calls (not in the paper).
 """
 
@@ -46,7 +46,7 @@ def inpaint(
     for n, sigma_i in enumerate(sigmas):
         i = torch.full((len(x),), n, device=x.device)
         alpha_i = epsilon * sigma_i**2 / sigmas[-1] ** 2
-        noisy_y = y + sigma_i * noise_like(y, generator)  # drawn once for all T steps
+        noisy_y = y + sigma_i * noise_like(y, generator)  # sampled once for all T steps
         for _ in range(T):
             z = noise_like(x, generator)
             x = x + alpha_i * score(x, i) + (2 * alpha_i).sqrt() * z
@@ -88,25 +88,38 @@ def denoise(score: Score, x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def smallest_eta(sigmas: Tensor) -> float:
-    """1 - 1 / gamma, the smallest eta of consistent annealed sampling on the ladder sigmas (L,)."""
+    """1 - 1 / gamma, for the largest ratio gamma of neighbours in sigmas (L,): the smallest eta of consistent sampling.
+
+    With it, no noise is drawn afresh: it is DDIM's step.
+    """
     return 1 - float((sigmas[1:] / sigmas[:-1]).min())
+
+
+def ancestral_eta(sigmas: Tensor) -> float:
+    """1 - 1 / gamma^2: with it, consistent annealed sampling takes DDPM's ancestral step.
+
+    It is also the smallest eta at which a network that is not conditioned on the noise level lets no excess of noise
+    grow (unconditional.py).
+    """
+    return 1 - (1 - smallest_eta(sigmas)) ** 2
 
 
 @torch.no_grad()
 def consistent_annealed_sampling(
     score: Score, x: Tensor, sigmas: Tensor, T: int, epsilon: float, generator: Noise = None
 ) -> Iterator[Tensor]:
-    """Algorithm 1's fresh noise, set so that x holds exactly the noise that the next step expects.
+    """Algorithm 1 with as much fresh noise as the next step expects x to lack.
 
-    Jolicoeur-Martineau et al. 2020, arXiv 2009.05475, Sec. 4. Arguments, result and cost are those of
-    `annealed_langevin_dynamics`. A step with eta = epsilon / sigma_L^2 leaves 1 - eta of the noise; what is missing
-    to the noise of the next step is drawn afresh: to sigma_i for all but the last of T steps, which moves on to
-    sigma_{i+1}. Noise can be added but not taken back, so 1 - 1 / gamma <= eta <= 1; ValueError otherwise.
+    Jolicoeur-Martineau et al. 2020, arXiv 2009.05475, Sec. 4; T > 1 is ours, they take more noise scales instead.
+    Arguments, result and cost are those of `annealed_langevin_dynamics`. A step with eta = epsilon / sigma_L^2 leaves
+    1 - eta of the noise if the network's guess of the clean image is right. What is missing to the noise of the next
+    step is drawn afresh: to sigma_i for all but the last of T steps, which moves on to sigma_{i+1}. Noise can be added
+    but not taken back, so |1 - eta| <= 1 / gamma; ValueError otherwise.
     """
     eta = epsilon / float(sigmas[-1]) ** 2
     lowest = smallest_eta(sigmas)
-    if not lowest - 1e-6 <= eta <= 1:
-        raise ValueError(f"epsilon / sigma_L^2 must lie between {lowest:.4f} and 1 on this ladder, not {eta:.4f}")
+    if not abs(eta - 1) <= 1 - lowest + 1e-6:
+        raise ValueError(f"epsilon / sigma_L^2 must lie between {lowest:.4f} and {2 - lowest:.4f} here, not {eta:.4f}")
     for n, sigma_i in enumerate(sigmas):
         i = torch.full((len(x),), n, device=x.device)
         for t in range(T):

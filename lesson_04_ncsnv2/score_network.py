@@ -1,6 +1,6 @@
-"""The score network: a 4-cascade RefineNet (Lin et al. 2017) that is not told the noise scale.
+"""The score network: a 4-cascade RefineNet (Lin et al. 2017), not conditioned on the noise scale.
 
-Changes from lesson 3: no layer is told i, the refine blocks do without normalisation, the output is divided by sigma_i.
+Changes from lesson 3: no layer gets i, the refine blocks have no normalisation, the output is divided by sigma_i.
 
 Shapes: B images of C channels and H x W pixels; L noise scales.
 """
@@ -124,10 +124,10 @@ class RefineBlock(nn.Module):
 class ScoreNetwork(nn.Module):
     """Estimates the score of the data under Gaussian noise of scale sigma_i, for every i at once.
 
-    Lesson 3 tells each layer i (NCSN, App. A); lesson 4 tells none, and divides the output by sigma_i (Technique 3).
+    Lesson 3 gives i to each layer (NCSN, App. A); lesson 4 to none, and divides the output by sigma_i (Technique 3).
 
-    sigmas (L,) is the ladder; images have `channels` channels and an even height and width from 16 to 64. The other
-    arguments trade quality for time; their defaults are the paper's network for MNIST.
+    sigmas (L,) are the noise scales. Images have `channels` channels and an even height and width from 16 to 64. The
+    other arguments trade quality for time; their defaults are the paper's network for MNIST.
     width: feature channels at full size; after the only downsampling there are twice as many.
     patch: 2 runs on blocks of 2x2 pixels, each with its numbers stacked as channels; a quarter of the work. 1 or 2.
     blocks: residual blocks in each stage, and residual units that adapt each input of a refine block.

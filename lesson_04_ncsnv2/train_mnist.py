@@ -3,7 +3,7 @@
 Changes from lesson 3:
 - Techniques 1 and 2: the noise scales are computed from the data, and Technique 4: so is the sampler's step size;
 - Technique 5: samples come from an exponential moving average (EMA) of the weights;
-- after the last Langevin step, one more step takes away the noise that is left;
+- after the last Langevin step, one more step denoises;
 - pictures are not dequantised.
 """
 
@@ -21,7 +21,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, an
 
 from loss import denoising_score_matching_loss
 from noise_scales import geometric_noise_scales, largest_pairwise_distance, noise_scale_ratio, number_of_noise_scales
-from sample import LESSON, draw, make_network, noise_levels, number_of_calls
+from sample import LESSON, SAMPLERS, draw, make_network, noise_levels, number_of_calls
 
 from common.config import RunConfig
 from common.errors import usable
@@ -54,8 +54,8 @@ class Config(RunConfig):
 PRESETS = {
     "paper": dict(
         steps=300_000, batch_size=128, learning_rate=1e-4, warmup=0, decay="constant", clip=math.inf,
-        width=64, blocks=2, patch=1, activation="elu", skip=False, optimizer="adam", focus=0.0, ema_decay=0.999, T=5,
-        preview_every=5000,
+        width=64, blocks=2, patch=1, activation="elu", skip=False, optimizer="adam", focus=0.0,
+        preview_every=5000, ema_decay=0.999, T=5,
     ),
     "paper on cifar10": dict(width=128),  # what --paper changes besides, with --dataset cifar10
     "smoke": dict(
@@ -86,24 +86,20 @@ def update_ema(ema: torch.nn.Module, network: torch.nn.Module, step: int, decay:
 def train(config: Config, run: Run) -> None:
     """One run, from data to pictures."""
     with usable("noise scales"):
-        if run.checkpoint:
-            sigmas = run.checkpoint["network"]["sigmas"]  # (L,)
-        else:
-            run.say(f"looking for the largest distance between two of {len(run.images)} pictures")
-            sigma_1 = largest_pairwise_distance(run.images) / 255  # Technique 1
-            gamma = noise_scale_ratio(run.images[0].numel(), config.overlap)  # Technique 2
-            L = number_of_noise_scales(sigma_1, config.sigma_L, gamma)
-            sigmas = geometric_noise_scales(sigma_1, config.sigma_L, L)
+        run.say(f"looking for the largest distance between two of {len(run.images)} pictures")
+        sigma_1 = largest_pairwise_distance(run.images) / 255  # Technique 1
+        gamma = noise_scale_ratio(run.images[0].numel(), config.overlap)  # Technique 2
+        L = number_of_noise_scales(sigma_1, config.sigma_L, gamma)
+        sigmas = geometric_noise_scales(sigma_1, config.sigma_L, L)  # (L,)
     sigmas = sigmas.to(run.device)
-
     network = make_network(config, run.image_shape[0], {"sigmas": sigmas})
     network.to(run.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(network).requires_grad_(False)  # Technique 5
     optimizer = Optimizer(network, config.optimizer)
-    calls = [number_of_calls(network, config, "consistent"), number_of_calls(network, config, "langevin")]
+    calls = [number_of_calls(network, config, SAMPLERS[0]), number_of_calls(network, config, SAMPLERS[-1], quick=False)]
     run.begin(noise_levels(network, config), calls, network=network, ema=ema, optimizer=optimizer)
 
-    for step in run.steps():
+    for _ in run.steps():
         x = run.batch() / 255  # (B, C, H, W)
         i = draw_noise_scales(len(x), sigmas, config.focus, run.generator)  # (B,)
         z = noise_like(x, run.generator)  # (B, C, H, W)
@@ -114,13 +110,13 @@ def train(config: Config, run: Run) -> None:
         average_gradients(network)  # over the processes
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip * x[0].numel())
         optimizer.step(run.learning_rate)
-        update_ema(ema, network, step, config.ema_decay)  # Technique 5
+        update_ema(ema, network, run.step, config.ema_decay)  # Technique 5
 
         run.record(loss, (i + 0.5) / len(sigmas))
         if run.preview_due:
-            run.show(draw(run.to_sample(ema), config, *run.pictures, "consistent", calls[0]))
+            run.show(draw(run.to_sample(ema), config, *run.pictures, SAMPLERS[0], calls[0]))
 
-    frames = run.last_pictures(draw(run.to_sample(ema), config, *run.pictures, "langevin", calls[1]))
+    frames = run.last_pictures(draw(run.to_sample(ema), config, *run.pictures, SAMPLERS[-1], calls[1]))
     save_grid(frames[-2], run.folder / "samples_before_denoising.png")
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from lesson_04_ncsnv2.noise_scales import geometric_noise_scales
-from lesson_04_ncsnv2.sampler import annealed_langevin_dynamics, consistent_annealed_sampling, langevin_step_size
+from lesson_04_ncsnv2.sampler import (
+    ancestral_eta,
+    annealed_langevin_dynamics,
+    consistent_annealed_sampling,
+    langevin_step_size,
+    smallest_eta,
+)
 
 SIGMAS = geometric_noise_scales(10, 0.01, 60)
 GAMMA = float(SIGMAS[0] / SIGMAS[1])
@@ -21,7 +27,7 @@ def deviations(sampler, T, epsilon):
 
 
 @pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize("eta", [1 - 1 / GAMMA, 1 - 1 / GAMMA**2, 0.6, 1.0])
+@pytest.mark.parametrize("eta", [1 - 1 / GAMMA, 1 - 1 / GAMMA**2, 0.6, 1.0, 1 + 1 / GAMMA])
 def test_noise_is_exactly_that_of_the_next_scale(T, eta):
     noise = deviations(consistent_annealed_sampling, T, eta * float(SIGMAS[-1]) ** 2)
     torch.testing.assert_close(noise[:-1], SIGMAS[1:], rtol=0.02, atol=0)
@@ -51,7 +57,29 @@ def test_calls_frames_and_seed():
     assert torch.equal(first[-1], frames(1)[-1]) and not torch.equal(first[-1], frames(2)[-1])
 
 
-@pytest.mark.parametrize("eta", [0.9 * (1 - 1 / GAMMA), 1.1])
+@pytest.mark.parametrize("eta", [0.9 * (1 - 1 / GAMMA), 1 + 1.1 / GAMMA])
 def test_steps_that_would_have_to_take_noise_back_are_refused(eta):
     with pytest.raises(ValueError, match="must lie between"):
         next(consistent_annealed_sampling(one_point, torch.ones(1, 1, 2, 2), SIGMAS, 1, eta * float(SIGMAS[-1]) ** 2))
+
+
+def test_two_values_of_eta_are_the_steps_of_ddpm_and_ddim():
+    """DDPM's posterior and DDIM's step are written here for x = x_0 + sigma z, from the clean image and the noise."""
+    torch.manual_seed(0)
+    sigmas = 10 * 0.9 ** torch.arange(5, dtype=torch.float64)
+    x, x_0 = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64)
+    x = sigmas[0] * x
+    score = lambda x, i: (x_0 - x) / sigmas[i][:, None, None, None] ** 2  # a network whose guess is always x_0
+    a, b = sigmas[0] ** 2, sigmas[1] ** 2
+
+    def one_step(eta):
+        generator = torch.Generator().manual_seed(1)
+        return next(consistent_annealed_sampling(score, x, sigmas, 1, eta * float(sigmas[-1]) ** 2, generator))
+
+    almost = dict(rtol=1e-6, atol=1e-6)  # DDIM draws no noise but for the root of a rounding error
+    fresh = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))  # the noise that one_step draws
+    posterior_mean = (b * x + (a - b) * x_0) / a  # of x at sigma_2 given x at sigma_1 and x_0: two Gaussians multiplied
+    posterior_std = (b * (a - b) / a).sqrt()
+    torch.testing.assert_close(one_step(ancestral_eta(sigmas)), posterior_mean + posterior_std * fresh, **almost)
+    noise = (x - x_0) / sigmas[0]
+    torch.testing.assert_close(one_step(smallest_eta(sigmas)), x_0 + sigmas[1] * noise, **almost)

@@ -74,8 +74,8 @@ def test_a_training_step(lesson, fake, changes, channels, optimizer, monkeypatch
 
 def test_each_sampler(lesson, fake, monkeypatch):
     module = script(lesson.name, "sample")
-    if hasattr(module, "smallest_eta"):
-        monkeypatch.setattr(module, "smallest_eta", lambda sigmas: 0.1)
+    if hasattr(module, "ancestral_eta"):
+        monkeypatch.setattr(module, "ancestral_eta", lambda sigmas: 0.2)
         monkeypatch.setattr(lesson.sampler, "smallest_eta", lambda sigmas: 0.1)
         monkeypatch.setattr(script(lesson.name, "sample"), "ETA", 0.5)
     network, config = a_network(lesson)

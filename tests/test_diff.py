@@ -11,8 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OLD, NEW = ROOT / "lesson_03_ncsn", ROOT / "lesson_04_ncsnv2"
 PURE = ("noise_scales.py", "score_network.py", "loss.py", "sampler.py")  # no script: what a person may import
-FILES = (*PURE, "train_mnist.py")
-CHANGED_LINES = 46
+CHANGED_LINES = {  # at most, and with a docstring of its own each file has
+    "noise_scales.py": 6,
+    "score_network.py": 46,  # i leaves every signature: Technique 3
+    "loss.py": 0,
+    "sampler.py": 25,
+    "sample.py": 40,
+    "train_mnist.py": 35,
+}
+FILES = tuple(CHANGED_LINES)
 
 
 def text(folder, file):
@@ -75,13 +82,13 @@ def test_loss_is_identical():
 
 def test_the_lessons_have_the_same_files():
     old, new = ({path.name for path in folder.glob("*.py")} for folder in (OLD, NEW))
-    assert old - {"toy_2d.py", "first_network.py"} == new  # what leads up to the subject, once
+    assert old - {"toy_2d.py", "first_network.py"} == new - {"unconditional.py"}  # what only one of the papers needs
     assert old >= set(FILES)
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_changes_few_lines(file):
-    assert changed_lines(text(OLD, file), text(NEW, file)) <= CHANGED_LINES
+    assert changed_lines(text(OLD, file), text(NEW, file)) <= CHANGED_LINES[file]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -43,7 +43,7 @@ def test_ladder_of_the_paper(lesson):
     + [(math.inf, 0.01, 10), (math.nan, 0.01, 10), (1, math.nan, 10)],
 )
 def test_ladder_refuses_what_is_no_ladder(lesson, arguments):
-    with pytest.raises(ValueError, match="ladder"):
+    with pytest.raises(ValueError, match="need sigma_1"):
         lesson.noise_scales.geometric_noise_scales(*arguments)
 
 
