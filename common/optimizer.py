@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from common.machine import CLEARLY, bfloat16_speedup
 
 MOMENTUM = 0.95
+WEIGHT_DECAY = 0.5  # times the learning rate; without it the weights grow until a network without norms blows up
 
 
 class Optimizer:
@@ -41,7 +42,7 @@ class Optimizer:
             update = orthogonal(gradient.lerp(momentum, MOMENTUM).to(self.dtype))  # Nesterov's momentum
             size = 0.2 * max(update.shape[1:]) ** 0.5  # as large as Adam's, so that both can share a learning rate
             for w, u in zip(weights, update, strict=True):
-                w.sub_(u.reshape(w.shape), alpha=learning_rate * size)
+                w.mul_(1 - learning_rate * WEIGHT_DECAY).sub_(u.reshape(w.shape), alpha=learning_rate * size)
                 w.grad = None
         self.adam.param_groups[0]["lr"] = learning_rate
         self.adam.step()

@@ -131,8 +131,8 @@ class ScoreNetwork(nn.Module):
     patch: 2 runs on blocks of 2x2 pixels, each with its numbers stacked as channels; a quarter of the work. 1 or 2.
     blocks: residual blocks in each stage, and residual units that adapt each input of a refine block.
     activation: a name in common.layers.ACTIVATIONS.
-    skip: the network sees x / sqrt(1 + mean x^2), as large under strong noise as under weak, and minus that is added to
-    its output: where x is nearly all noise, that is nearly the answer.
+    skip: the layers see c x, with c = 1 / sqrt(0.2 + mean x^2), and c (h - x) takes the place of their output h. Under
+    strong noise c is about 1 / sigma_i, and the right h is the clean image; under weak noise c is about 2.
     """
 
     def __init__(self, sigmas, channels=1, width=64, patch=1, blocks=2, activation="elu", skip=False):
@@ -172,7 +172,8 @@ class ScoreNetwork(nn.Module):
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"the network takes images of even height and width, not {tuple(x.shape[2:])}")
         if self.skip:
-            x = x * torch.rsqrt(1 + x.square().mean(dim=(1, 2, 3), keepdim=True))
+            c = torch.rsqrt(0.2 + x.square().mean(dim=(1, 2, 3), keepdim=True))  # (B, 1, 1, 1)
+            x = c * x
         h = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
         h = self.first(h.contiguous(memory_format=torch.channels_last))
         stages = []
@@ -185,4 +186,4 @@ class ScoreNetwork(nn.Module):
             h = refine([stages.pop(), h], i)
         h = self.last(self.act(self.norm(h, i)))
         h = rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch).float()
-        return h - x if self.skip else h
+        return c * h - x if self.skip else h

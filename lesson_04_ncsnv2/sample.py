@@ -26,7 +26,6 @@ from common.play import evenly, langevin_steps, main
 
 LESSON, WEIGHTS = "lesson_04_ncsnv2", "ema"  # its name, and which weights of a checkpoint samples come from
 SAMPLERS, FILLS_IN = ("consistent", "langevin"), "langevin"  # common/play.py says what it takes from here
-ETA = 0.4  # of consistent annealed sampling: less leaves noise in a few images, more makes them less varied
 
 
 def make_network(config, channels: int, weights: dict) -> ScoreNetwork:
@@ -55,7 +54,8 @@ def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: i
         raise LessonError(f"--calls {calls}: consistent sampling needs at least 3, two noise scales and one to denoise")
     else:
         some = evenly(len(sigmas), calls - 1).to(sigmas.device)
-        epsilon = max(ETA, ancestral_eta(sigmas[some])) * float(sigmas[-1]) ** 2
+        eta = (1 + ancestral_eta(sigmas[some])) / 2  # half-way from DDPM's step to fresh noise only, as measured
+        epsilon = eta * float(sigmas[-1]) ** 2
         T = (calls - 1) // len(some)
         score = lambda x, i: network(x, some[i])
         steps = consistent_annealed_sampling(score, x, sigmas[some], T, epsilon, generator)

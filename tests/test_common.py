@@ -338,7 +338,7 @@ def test_noise_scales_are_equally_likely(lesson, batch_size):
 def test_noise_scales_near_the_focus_come_more_often(lesson):
     sigmas = torch.logspace(1, -2, 31)
     i = draws(lesson, batch_size=64, sigmas=sigmas, focus=0.5, times=300)
-    density = 0.15 + torch.exp(-0.5 * (sigmas / 0.5).log().square())
+    density = 0.15 + torch.exp(-0.3 * (sigmas / 0.5).log().square())
     frequency = i.flatten().bincount(minlength=31) / i.numel()
     assert frequency == pytest.approx((density / density.sum()).tolist(), abs=0.003)
     assert frequency.max() > 3 * frequency.min() > 0

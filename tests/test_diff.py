@@ -17,7 +17,7 @@ CHANGED_LINES = {  # at most, and with a docstring of its own each file has
     "loss.py": 0,
     "sampler.py": 25,
     "sample.py": 40,
-    "train_mnist.py": 35,
+    "train_mnist.py": 31,
 }
 FILES = tuple(CHANGED_LINES)
 

@@ -23,6 +23,7 @@ from tests.running import ENVIRONMENT, ROOT
 
 sys.path.append(str(ROOT / "docs"))
 
+from measure import DAMAGES, damaged
 from train_judge import accuracy, jitter
 
 
@@ -181,6 +182,39 @@ def test_real_is_far_better_than_corrupted_and_corrupted_than_noise(train, test_
     floor, middle, ceiling = (frechet_distance(digit_features(x), test_features) for x in (real, corrupted, noise))
     assert floor < 10 and ceiling > 500
     assert 3 * floor < middle < ceiling / 3
+
+
+STRENGTHS = {"noise": (0.02, 0.05, 0.1), "missing": (1, 2, 5), "broken": (1, 2, 4), "non-digits": (0.1, 0.2, 0.4)}
+
+
+@pytest.mark.parametrize("damage", STRENGTHS)
+def test_digit_fid_rises_with_the_damage(damage, test_features):
+    several = [damaged("noise", 0, 400, seed=0)] + [damaged(damage, s, 400, seed=0) for s in STRENGTHS[damage]]
+    fids = [frechet_distance(digit_features(x), test_features) for x in several]
+    assert fids == sorted(set(fids)), fids
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_digits_are_images(damage):
+    for strength in DAMAGES[damage][2]:
+        x = damaged(damage, strength, 12, seed=1)
+        assert x.shape == (12, 1, 28, 28) and 0 <= x.min() and x.max() <= 1
+        assert torch.equal(x, damaged(damage, strength, 12, seed=1))
+
+
+def test_a_share_of_the_digits_is_damaged():
+    real = damaged("noise", 0, 40, seed=0)
+    for damage, strength, most in (("broken", 0.25, 10), ("non-digits", 0.3, 12)):
+        changed = (damaged(damage, strength, 40, seed=0) != real).flatten(1).any(1)
+        assert changed[:most].all() and not changed[most:].any()
+    gap = (damaged("broken", 1, 40, seed=0) != real).flatten(1).sum(1)
+    assert gap.min() > 0 and gap.max() <= 25
+
+
+def test_digits_without_missing_classes_are_the_floor(report, test_features):
+    fid = frechet_distance(digit_features(damaged("noise", 0, 100, seed=0)), test_features)
+    assert fid == pytest.approx(report["floor"]["fid"])
+    assert (class_histogram(damaged("missing", 5, 400, seed=0)) < 10).sum() == 5
 
 
 def test_color_digits_are_judged_as_the_gray_ones(train, test_features):

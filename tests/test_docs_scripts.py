@@ -1,5 +1,6 @@
 """The scripts that make the tables and figures of the READMEs."""
 
+import csv
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ from tests.running import ENVIRONMENT, ROOT
 
 sys.path.append(str(ROOT / "docs"))
 
-import ablation
 import figures
+import measure
+import techniques
 
 from common.errors import LessonError
 
@@ -29,7 +31,7 @@ def test_the_exact_score_is_the_gradient_of_the_log_density():
     torch.testing.assert_close(figures.exact_score(images, sigmas)(x.detach(), i), x.grad)
 
 
-@pytest.mark.parametrize("name", ["lesson_04_ladder", "lesson_04_step_size"])
+@pytest.mark.parametrize("name", ["lesson_04_ladder", "lesson_04_step_size", "measure"])
 def test_figures(name, tmp_path):
     figures.FIGURES[name](tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -43,7 +45,34 @@ def test_figures_of_measurements(tmp_path):
     figures.sampling_calls(tmp_path / "a.png", source)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(LessonError, match="needs the columns"):
-        figures.ema(tmp_path / "b.png", source)
+        figures.technique_1(tmp_path / "b.png", source)
+
+
+def test_the_measure_of_damages_runs_and_goes_on(tmp_path):
+    file = tmp_path / "measure.csv"
+    flags = ("measure.py", "missing", "--num", 20, "--seeds", 1, "--csv", file)
+    first = run_script(*flags)
+    assert first.returncode == 0, first.stderr
+    before = file.read_text()
+    header, *lines = before.splitlines()
+    assert header == ",".join(measure.COLUMNS) and [line.split(",")[1] for line in lines] == ["1", "2", "5"]
+    file.write_text("".join(f"{line}\n" for line in (header, *lines[:-1])))
+    again = run_script(*flags)
+    assert again.returncode == 0 and file.read_text() == before
+    assert again.stdout == first.stdout and "| missing classes: 5 of 10 |" in first.stdout
+    with pytest.raises(LessonError, match="run python docs/measure.py"):
+        figures.measure(tmp_path / "a.png", file)
+
+
+def test_damages_that_cannot_be_measured(tmp_path):
+    for flags, text in ((["nothing"], "choose one of noise, "), (["--num", "3"], "--num must lie between 4")):
+        ran = run_script("measure.py", *flags, "--csv", tmp_path / "measure.csv")
+        assert ran.returncode == 1 and ran.stderr.startswith("error: ") and text in ran.stderr
+
+
+def test_the_table_of_damages_is_that_of_the_file():
+    lines = list(csv.reader((ROOT / "docs" / "measure.csv").read_text().splitlines()))
+    assert measure.write_table(lines, 1000) in (ROOT / "docs" / "experiments.md").read_text()
 
 
 def test_figures_that_are_not_there():
@@ -51,22 +80,48 @@ def test_figures_that_are_not_there():
     assert ran.returncode == 1 and ran.stderr.startswith("error: there is no figure nothing: choose from ")
 
 
-def test_ladders_of_the_ablation():
-    ladders = [ablation.ladder(row, 16.8758) for row in range(3)]
-    assert [len(sigmas) for sigmas in ladders] == [10, 10, 96]
-    assert [round(float(sigmas[0]), 2) for sigmas in ladders] == [1.0, 16.88, 16.88]
+def test_lesson_4_on_its_own_noise_levels():
+    four = techniques.load("lesson_04_ncsnv2", ROOT / "lesson_04_ncsnv2" / "pretrained.pt", smoke=True)
+    x, i = torch.rand(3, 1, 28, 28), torch.tensor([0, 3, 5])
+    score = techniques.on_levels(four.network, four.network.sigmas)
+    with torch.no_grad():
+        torch.testing.assert_close(score(x, i), four.network(x, i))
+    sigmas = techniques.levels(four.network, 6)
+    assert sigmas[0] == four.network.sigmas[0] and sigmas[-1] == four.network.sigmas[-1]
 
 
-def test_the_ablation_runs_and_goes_on(tmp_path):
-    first = run_script("ablation.py", "--smoke", "--rows", "0,6", "--output", tmp_path)
+def test_the_techniques_run_and_go_on(tmp_path):
+    first = run_script("techniques.py", "--smoke", "--output", tmp_path)
     assert first.returncode == 0, first.stderr
-    before = (tmp_path / "results.csv").read_text()
-    assert len(before.splitlines()) == 3
-    again = run_script("ablation.py", "--smoke", "--rows", "0,6", "--output", tmp_path)
-    assert again.returncode == 0 and (tmp_path / "results.csv").read_text() == before
-    assert "| lesson 3 |" in again.stdout and "| + the last denoising step |" in again.stdout
+    assert all(f"{name.__name__}: " in first.stdout for name in techniques.EXPERIMENTS)
+    csv = tmp_path / "techniques.csv"
+    lines = csv.read_text().splitlines()
+    assert lines[0] == ",".join(figures.TECHNIQUES_COLUMNS)
+    assert len(lines) == len({tuple(line.split(",")[:4]) for line in lines}) > 100
+    names = {path.name for path in (tmp_path / "images").iterdir()}
+    pictures = "lesson_04_technique_5_pictures"
+    assert names == {f"{pictures}.png", f"{pictures}.gif", "lesson_04_last_step.png"}
+    for name in [name for name in figures.FIGURES if "technique_" in name or name == "lesson_04_eta"]:
+        figures.FIGURES[name](tmp_path / "figure.png", csv)
+
+    again = run_script("techniques.py", "--smoke", "--output", tmp_path)
+    assert again.returncode == 0 and csv.read_text().splitlines() == lines
+    anew = run_script("techniques.py", "technique_1", "--smoke", "--again", "--output", tmp_path)
+    measured = [sorted(line.split(",")[:4] for line in some) for some in (csv.read_text().splitlines(), lines)]
+    assert anew.returncode == 0 and measured[0] == measured[1]
+    assert "lesson 3: 1: kept" in anew.stdout and "lesson 3: 1: kept" not in again.stdout
 
 
-def test_flags_of_the_ablation():
-    ran = run_script("ablation.py", "--rows", "9")
-    assert ran.returncode == 1 and ran.stderr.startswith("error: ") and "Traceback" not in ran.stderr
+def test_techniques_that_cannot_run(tmp_path):
+    for flags, text in (
+        (["nothing"], "choose one of technique_1, technique_2, "),
+        (["--num", "1"], "--num must lie between"),
+        (["--lesson-4", "nothing.pt"], "there is no file nothing.pt"),
+    ):
+        ran = run_script("techniques.py", "--smoke", "--output", tmp_path, *flags)
+        assert ran.returncode == 1 and ran.stderr.startswith("error: ") and text in ran.stderr
+    with pytest.raises(LessonError, match="run python docs/techniques.py eta"):
+        (tmp_path / "t.csv").write_text(
+            ",".join(figures.TECHNIQUES_COLUMNS) + "\ntechnique_1,lesson 3,1,kept,0.9,8,1\n"
+        )
+        figures.eta(tmp_path / "a.png", tmp_path / "t.csv")

@@ -157,4 +157,4 @@ def test_evaluate_starts_as_the_readmes_start_it():
     command = [sys.executable, "-m", "common.evaluate", "lesson_03_ncsn/pretrained.pt", "--num", "4", "--calls", "10"]
     ran = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0 and "digit FID" in ran.stdout, ran.stderr
-    assert "lesson_03_ncsn, step 3400, langevin, 10 network calls" in ran.stdout
+    assert "lesson_03_ncsn, step 5000, langevin, 10 network calls" in ran.stdout

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from common.optimizer import Optimizer, orthogonal
+from common.optimizer import WEIGHT_DECAY, Optimizer, orthogonal
 
 
 def a_network(lesson, width=8, **options):
@@ -40,7 +40,7 @@ def test_muon_is_torchs(lesson, dtype):
     optimizer.dtype = dtype
     kernels = {name: p for name, p in network.named_parameters() if p.ndim == 4 and min(p.shape[:2]) > 4}
     matrices = {name: torch.nn.Parameter(p.detach().flatten(1)) for name, p in kernels.items()}
-    theirs = torch.optim.Muon(matrices.values(), lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(matrices.values(), lr=0.01, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
     for seed in range(3):
         gradients(network, seed)
         for name, matrix in matrices.items():

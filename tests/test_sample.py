@@ -236,11 +236,14 @@ def test_few_calls_take_some_of_the_noise_scales_evenly_chosen():
     assert score.levels == [0, round((L - 1) / 3), round(2 * (L - 1) / 3), L - 1, L - 1] and len(frames) == 5
 
 
-def test_a_consistent_step_goes_two_fifths_of_the_way_and_refills_the_noise():
-    """With a score of zero the step adds only noise: what is missing of sigma_2 after (1 - eta) sigma_1, eta = 0.4."""
+def test_a_consistent_step_goes_halfway_from_ddpms_to_the_guess_and_refills_the_noise():
+    """With a score of zero the step adds only noise: what is missing of sigma_2 after (1 - eta) sigma_1.
+
+    1 - eta is half of DDPM's, which is 1 / gamma^2.
+    """
     score, frames = counted(SimpleNamespace(name="lesson_04_ncsnv2"), "consistent")
     sigma_1, sigma_2 = score.sigmas[:2].double().tolist()
-    expected = sigma_1**2 + sigma_2**2 - (0.6 * sigma_1) ** 2
+    expected = sigma_1**2 + sigma_2**2 - (0.5 * (sigma_2 / sigma_1) ** 2 * sigma_1) ** 2
     assert float(frames[0].double().var()) == pytest.approx(expected, rel=0.05)
 
 

@@ -371,7 +371,8 @@ def reference(lesson, model, x, i, skip, patch=1):
         return units(h, f"{name}.output", n_out)
 
     if skip:
-        x = x / (1 + x.square().mean((1, 2, 3), keepdim=True)).sqrt()
+        c = 1 / (0.2 + x.square().mean((1, 2, 3), keepdim=True)).sqrt()
+        x = c * x
     h1 = residual(residual(conv(x, "first"), "stages.0.0"), "stages.0.1")
     h2 = residual(residual(h1, "stages.1.0", down=True), "stages.1.1")
     h3 = residual(residual(h2, "stages.2.0", 2), "stages.2.1", 2)
@@ -381,7 +382,7 @@ def reference(lesson, model, x, i, skip, patch=1):
     h = refine([h2, h], "cascade.2")
     h = refine([h1, h], "cascade.3", n_out=3)
     h = conv(act(norm(h, "norm")), "last")
-    h = h - x if skip else h
+    h = c * h - x if skip else h
     return h if told else h / SIGMAS.double()[i][:, None, None, None]
 
 

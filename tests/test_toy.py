@@ -1,12 +1,17 @@
-"""toy_2d.py and first_network.py: the score of the mixture, the weights that samplers find, and whole runs."""
+"""toy_2d.py, first_network.py and the pictures of lesson 3 in docs/figures.py: scores, weights of modes, whole runs."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.running import ENVIRONMENT, ROOT, script
+
+sys.path.append(str(ROOT / "docs"))
+
+import figures
 
 LESSON = "lesson_03_ncsn"
 
@@ -35,11 +40,48 @@ def test_the_data_has_the_weights_of_the_mixture(toy):
     torch.testing.assert_close(x[~small].std(0), torch.ones(2), atol=0.05, rtol=0)
 
 
-def test_the_learned_score_is_right_near_the_data(toy):
-    network, x = toy.learn_score(0.1, 1000), toy.draw_data(500)
-    with torch.no_grad():
-        error = (network(x) - toy.true_score(x)).flatten(1).norm(dim=1)
-    assert error.mean() < 0.6  # a score of zero is off by 1.25
+def test_the_learned_score_is_right_near_the_data(toy, tmp_path):
+    network = toy.learn_score(0.3, 1000)
+
+    def true_score(x):
+        return toy.true_score(x, 1 + 0.3**2)
+
+    near, elsewhere = toy.show_error(network, true_score, tmp_path / "error.png")
+    assert 0 < near < 0.1 and 0.1 < elsewhere < 1
+    assert toy.show_error(true_score, true_score, tmp_path / "error.png") == (0, 0)
+    zero = toy.show_error(torch.zeros_like, true_score, tmp_path / "error.png")
+    assert zero == pytest.approx((1, 1))
+
+
+@pytest.mark.parametrize("sigma", [0.5, 3.0])
+def test_the_mean_arrow_is_sigma_squared_times_the_score_in_closed_form(toy, sigma):
+    points, x = toy.draw_data(200_000).flatten(1), torch.tensor([4.0, 3.5])
+    p = figures.posterior(x, points, sigma)
+    assert float(p.sum()) == pytest.approx(1, abs=1e-4)
+    mean_arrow = p @ (points - x)
+    score = toy.true_score(x.view(1, 2, 1, 1), 1 + sigma**2).flatten()
+    torch.testing.assert_close(mean_arrow, sigma**2 * score, atol=0.05, rtol=0)
+
+
+def test_the_mean_arrow_of_a_few_points_is_sigma_squared_times_the_gradient_of_the_log_density():
+    points, x = torch.randn(9, 2), torch.randn(2).requires_grad_()
+    (-(points - x).square().sum(1) / (2 * 0.7**2)).logsumexp(0).backward()
+    mean_arrow = figures.posterior(x.detach(), points, 0.7) @ (points - x.detach())
+    torch.testing.assert_close(mean_arrow, 0.7**2 * x.grad)
+
+
+def test_contours_come_from_the_density(toy):
+    x = toy.grid(161, 12.0)  # the step is 0.15
+    mass = toy.log_parts(x, 1.0).logsumexp(1).exp().sum() * 0.15**2
+    assert float(mass) == pytest.approx(2 * torch.pi, rel=1e-3)  # its constant is left out
+
+
+def test_chains_move_in_a_gif(toy, tmp_path):
+    frames = [toy.draw_data(500) for _ in range(3)]
+    toy.show_chains([("plain", "annealed")] * 3, frames, frames[::-1], tmp_path / "chains.gif")
+    with Image.open(tmp_path / "chains.gif") as picture:
+        assert picture.n_frames == 3 and picture.info["loop"] == 0  # for ever
+        assert 700 < picture.width <= 730
 
 
 def run_script(name, *flags):
@@ -48,12 +90,30 @@ def run_script(name, *flags):
 
 
 def test_toy_2d_finds_the_weights_that_the_readme_quotes(tmp_path):
-    ran = run_script("toy_2d.py", "--steps", 20, "--num", 3000, "--output", tmp_path)
+    # 99 steps cannot be made in 5 parts, so that the GIF has 10 frames and not 50, which take long
+    ran = run_script("toy_2d.py", "--steps", 20, "--num", 3000, "--T", 99, "--output", tmp_path)
     assert ran.returncode == 0, ran.stderr
     plain, annealed = (float(line.split(": ")[1].split("%")[0]) for line in ran.stdout.splitlines()[1:])
     assert 45 < plain < 52 and 18 < annealed < 25
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"toy_{name}.png" for name in ("true_score", "learned_score", "langevin", "annealed")}
+    names = {path.stem for path in tmp_path.glob("*.png")}
+    assert names == {f"toy_{name}" for name in ("true_score", "learned_score", "error", "langevin", "annealed")}
+    with Image.open(tmp_path / "toy_langevin.gif") as picture:
+        assert picture.n_frames == 10
+    assert (tmp_path / "toy_langevin.gif").stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("name", ["lesson_03_denoising", "lesson_03_noise_scales", "lesson_04_line"])
+def test_figures(name, tmp_path):
+    figures.FIGURES[name](tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert picture.width == 720
+    assert (tmp_path / "figure.png").stat().st_size < 100_000
+
+
+def test_the_share_in_the_small_mode_over_sigma_1(tmp_path, capsys):
+    figures.FIGURES["lesson_04_sigma_1"](tmp_path / "figure.png", chains=2000, T=30)
+    shares = [float(line.split(": ")[1].split("%")[0]) for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert len(shares) == 7 and 45 < shares[0] < 52 and shares[-1] < 35
 
 
 def test_first_network_trains_and_draws(tmp_path):
