@@ -402,9 +402,8 @@ def technique_4(path: Path, source: Path = TECHNIQUES) -> None:
             points, n = read_experiment(source, "technique_4", y)
             special = [points[f"T = {T} by {name}"][0] for name in ("Technique 4", "the recursion")]
             line = sorted(points[f"T = {T}"] + special)
-            panel.plot(
-                *zip(*line), style if panel is above else "", marker=".", color=color, linewidth=2, label=f"T = {T}"
-            )
+            between = style if panel is above else "none"  # below, the recursion's line is there
+            panel.plot(*zip(*line), linestyle=between, marker=".", color=color, linewidth=2, label=f"T = {T}")
             for point, marker in zip(special, "o*"):
                 panel.plot(*point, marker, color=color, markersize=9 if marker == "o" else 14)
         below.plot(r, SIGMA_L * noise_after_langevin(sigmas, T, r * SIGMA_L**2), style, color=color, linewidth=1)
@@ -414,8 +413,8 @@ def technique_4(path: Path, source: Path = TECHNIQUES) -> None:
         panel.set(xscale="log", yscale="log", xlim=(0.05, 0.8))
         log_ticks(panel.xaxis, (0.06, 0.12, 0.25, 0.5))
     log_ticks(above.yaxis, (5, 10, 20, 50, 100, 200, 400))
-    below.set_ylim(0.008, 5)
-    log_ticks(below.yaxis, (0.01, 0.02, 0.05, 0.1, 0.3, 1, 3))
+    below.set_ylim(0.008, 20)
+    log_ticks(below.yaxis, (0.01, 0.02, 0.05, 0.1, 0.3, 1, 3, 10))
     above.set_ylabel(f"digit FID ({n})", fontsize=12)
     above.legend(fontsize=11)
     below.set_ylabel("noise left; lines: predicted", fontsize=12)
