@@ -28,7 +28,7 @@ class RunConfig:
     images: str = ""  # ours: a folder of pictures to train on in place of the data set
     image_size: Literal[tuple(range(16, 65, 2))] = 32  # ours: pictures of a folder are cut square, to so many pixels
     channels: Literal[1, 3] = 3  # ours: pictures of a folder become gray (1) or RGB (3)
-    steps: int = 5000  # ours: what two CPU cores with bf16 do in eight to ten minutes
+    steps: int = 5000  # ours: what two CPU cores with bf16 do in eight to eleven minutes
     minutes: Annotated[float, 0, 10**6] = 0.0  # ours: if not 0, as many steps as fit into so many minutes here
     batch_size: int = 64  # ours: more, noisier steps in the same time; the papers have 128
     optimizer: Literal["adam", "muon"] = "muon"  # ours: learns more from as many images; the papers have adam

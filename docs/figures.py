@@ -308,13 +308,24 @@ def step_size(path: Path) -> None:
 
 
 def sampling_calls(path: Path, source: Path = DOCS / "sampling_calls.csv") -> None:
-    """Digit FID against network calls for each picture: a line for each sampler, a dot for each seed."""
-    lines = read_csv(source, ("sampler", "calls", "n", "seed", "fid"))
-    series = {}
+    """Digit FID against network calls for each sample: all measurements, and a line through the mean of each number."""
+    lines, series = read_csv(source, ("sampler", "calls", "n", "seed", "fid")), {}
     for line in lines:
-        series.setdefault(line["sampler"], []).append((int(line["calls"]), float(line["fid"])))
-    n = ", ".join(sorted({line["n"] for line in lines}, key=int))
-    plot_fid(path, series, "network calls for each picture", f"n = {n}", log_x=True)
+        series.setdefault(line["sampler"], {}).setdefault(int(line["calls"]), []).append(float(line["fid"]))
+    figure, (panel,) = panels(1)
+    styles = zip((ORANGE, BLUE), ("o", "s"), ("--", "-"), strict=True)
+    for (name, several), (color, marker, style) in zip(series.items(), styles):
+        means = {calls: geometric_mean(fids) for calls, fids in sorted(several.items())}
+        panel.plot(means.keys(), means.values(), style, color=color, linewidth=2, label=name)
+        for calls, fids in several.items():
+            panel.plot([calls] * len(fids), fids, marker, color=color, markersize=7)
+    panel.set(xscale="log", yscale="log")
+    log_ticks(panel.xaxis, sorted({calls for several in series.values() for calls in several}))
+    log_ticks(panel.yaxis, (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000))
+    panel.set_xlabel("network calls for each sample", fontsize=12)
+    panel.set_ylabel(f"digit FID (n = {', '.join(sorted({line['n'] for line in lines}, key=int))})", fontsize=12)
+    panel.legend(fontsize=11)
+    save(figure, path)
 
 
 def technique_1(path: Path, source: Path = TECHNIQUES) -> None:
@@ -561,31 +572,6 @@ def read_experiment(source: Path, experiment: str, y: str) -> tuple[dict[str, li
     for line in lines:
         points.setdefault(line["setting"], []).append((float(line["x"]), float(line["value"])))
     return {setting: sorted(line) for setting, line in points.items()}, f"n = {lines[0]['n']}"
-
-
-def plot_fid(path: Path, series: dict[str, list[tuple[int, float]]], what: str, n: str, log_x: bool) -> None:
-    """Write a plot of {name: [(x, digit FID), ...]}: all points, and a line through the geometric mean at each x."""
-    figure = Figure(figsize=(6, 4.4), layout="constrained")
-    panel = figure.subplots()
-    styles = zip((ORANGE, BLUE, GREEN, PINK), ("o", "s", "^", "D"), ("--", "-", "-.", ":"), strict=True)
-    for (name, points), (color, marker, style) in zip(series.items(), styles):
-        points = [(x, fid) for x, fid in points if fid > 0]  # leaves out "not a number"
-        xs = sorted({x for x, _ in points})
-        means = [geometric_mean(fid for x, fid in points if x == at) for at in xs]
-        panel.plot(*zip(*points), marker, color=color, alpha=0.4, markersize=5)
-        panel.plot(xs, means, color=color, marker=marker, linestyle=style, linewidth=2, label=name)
-    panel.set(yscale="log", xscale="log" if log_x else "linear")
-    ticks = sorted({x for points in series.values() for x, _ in points})
-    panel.set_xticks(ticks, [str(x) for x in ticks], rotation=45 if len(ticks) > 5 else 0)
-    panel.minorticks_off()
-    low, high = panel.get_ylim()
-    marks = [m * 10**e for e in range(4) for m in (1, 1.2, 1.5, 2, 3, 5, 7, 8.5) if low <= m * 10**e <= high]
-    panel.set_yticks(marks, [f"{mark:g}" for mark in marks])
-    panel.set_xlabel(what, fontsize=12)
-    panel.set_ylabel(f"digit FID ({n})", fontsize=12)
-    panel.legend(fontsize=11)
-    panel.grid(alpha=0.3)
-    save(figure, path)
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:

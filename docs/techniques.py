@@ -128,7 +128,7 @@ def sample(four: Trained, table: Table, L: int, T: int = 1, r=None, sampler=cons
     r = None is the eta of consistent sampling in lesson 4's sample.py.
     """
     sigmas, noise = levels(four.network, L), table.noise()
-    epsilon = ((1 + ancestral_eta(sigmas)) / 2 if r is None else r) * float(sigmas[-1]) ** 2
+    epsilon = (four.lesson.measured_eta(sigmas) if r is None else r) * float(sigmas[-1]) ** 2
     score, x = on_levels(four.network, sigmas), noise.like(torch.empty(table.n, 1, 28, 28, device=sigmas.device))
     *_, x = sampler(score, sigmas[0] * x, sigmas, T, epsilon, noise)
     return x, denoise(score, x, sigmas)
@@ -199,12 +199,15 @@ def technique_1(three: Trained, four: Trained, table: Table) -> None:
         return (load_classifier().classes(digit_features(y.clamp(0, 1))).argmax(1) == labels).double().mean().item()
 
     sigmas = three.network.sigmas
-    for sigma in table.missing("lesson 3", [float(sigmas[0])]):  # T and epsilon are those of its quick samples
-        table.add("lesson 3", sigma, kept=kept(three.network, sigmas, sampler_3.annealed_langevin_dynamics, 15, 1e-4))
+    for sigma in table.missing("lesson 3", [float(sigmas[0])]):  # as its quick samples are made
+        T, config = three.lesson.QUICK_T, three.config
+        epsilon = sampler_3.langevin_step_size(sigmas, T, config.T, config.epsilon)
+        share = kept(three.network, sigmas, sampler_3.annealed_langevin_dynamics, T, epsilon)
+        table.add("lesson 3", sigma, kept=share)
     sigmas = four.network.sigmas
     for sigma in table.missing("lesson 4", sigmas[evenly(int((sigmas > 0.3).sum()), 9)].tolist()):
         rest = sigmas[sigmas <= sigma]
-        score, epsilon = on_levels(four.network, rest), (1 + ancestral_eta(rest)) / 2 * float(rest[-1]) ** 2
+        score, epsilon = on_levels(four.network, rest), four.lesson.measured_eta(rest) * float(rest[-1]) ** 2
         table.add("lesson 4", sigma, kept=kept(score, rest, consistent_annealed_sampling, 1, epsilon))
 
 

@@ -10,6 +10,7 @@ from argparse import ArgumentParser
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ from matplotlib.figure import Figure
 from noise_scales import geometric_noise_scales
 from PIL import Image
 from sampler import annealed_langevin_dynamics
-from torchvision.transforms.functional import pil_to_tensor
 
 from common.cli import run
 from common.config import check_range
@@ -145,7 +145,8 @@ def show_chains(names: list[tuple[str, str]], plain: list[Tensor], annealed: lis
             panel.set(xticks=[], yticks=[])
             panel.set_title(title, fontsize=16)
             panel.set_xlabel(f"{share_in_small_mode(x):.0%} in the small mode; data: 20%", fontsize=13)
-        frames.append(pil_to_tensor(picture(figure).convert("RGB"))[None] / 255)  # (1, 3, H, W)
+        pixels = torch.from_numpy(np.array(picture(figure).convert("RGB")))  # (H, W, 3) uint8
+        frames.append(pixels.permute(2, 0, 1)[None] / 255)  # (1, 3, H, W)
     save_gif(frames, path, milliseconds=80, max_frames=len(frames))
 
 

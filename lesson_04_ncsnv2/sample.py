@@ -39,6 +39,11 @@ def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
     return (config.T if sampler == "langevin" else 1) * len(network.sigmas) + 1
 
 
+def measured_eta(sigmas: Tensor) -> float:
+    """The eta of consistent annealed sampling on sigmas (L,), half-way from DDPM's to 1: near the best, as measured."""
+    return (1 + ancestral_eta(sigmas)) / 2
+
+
 @torch.no_grad()
 def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: int) -> Iterator[Tensor]:
     """Yields images of `shape` (N, C, H, W) after each noise scale and, last, denoised, with so many network calls.
@@ -54,8 +59,7 @@ def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: i
         raise LessonError(f"--calls {calls}: consistent sampling needs at least 3, two noise scales and one to denoise")
     else:
         some = evenly(len(sigmas), calls - 1).to(sigmas.device)
-        eta = (1 + ancestral_eta(sigmas[some])) / 2  # half-way from DDPM's step to fresh noise only, as measured
-        epsilon = eta * float(sigmas[-1]) ** 2
+        epsilon = measured_eta(sigmas[some]) * float(sigmas[-1]) ** 2
         T = (calls - 1) // len(some)
         score = lambda x, i: network(x, some[i])
         steps = consistent_annealed_sampling(score, x, sigmas[some], T, epsilon, generator)
