@@ -98,6 +98,22 @@ def test_momentum_of_other_weights_is_refused(lesson):
         ours.load_state_dict(wider.state_dict())
 
 
+def test_weight_decay_bounds_what_muon_lets_grow():
+    """With the same gradient at each step, a weight w comes to rest where w / 2 is as large as Muon's update."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.InstanceNorm2d(16, affine=True))
+    optimizer = Optimizer(network, "muon")
+    optimizer.dtype = torch.float32
+    gradient = torch.randn(16, 8, 3, 3)
+    for _ in range(1000):
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        network[0].weight.grad = gradient.clone()
+        optimizer.step(0.05)
+    update = 0.2 * 72**0.5 * orthogonal(gradient.flatten(1)[None])[0]
+    torch.testing.assert_close(network[0].weight.detach().flatten(1), -2 * update, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["adam", "muon"])
 def test_every_parameter_is_updated_and_gradients_are_cleared(lesson, name):
     network = a_network(lesson)

@@ -85,7 +85,7 @@ def spy(lesson, folder, *flags):
 def seen(lesson, tmp_path_factory):
     """A run with numbers that are no defaults."""
     folder = tmp_path_factory.mktemp(lesson.name)
-    flags = ["--focus", 0.7, "--decay", "cosine", "--warmup", 4, "--clip", 1e-3, "--learning-rate", 2e-3, "--seed", 3]
+    flags = ["--focus", 0.4, "--decay", "cosine", "--warmup", 4, "--clip", 1e-3, "--learning-rate", 2e-3, "--seed", 3]
     if lesson.name == "lesson_04_ncsnv2":
         flags += ["--ema-decay", 0.4, "--overlap", 0.2, "--T", 2, "--sigma-L", 0.5]
     seen = spy(lesson, folder, *flags)
@@ -125,7 +125,7 @@ def test_noise_scales_are_those_of_the_flags_and_the_data(lesson, seen):
         expected = torch.logspace(math.log10(sigma_1), math.log10(0.5), L)
     for loss in seen.losses:
         torch.testing.assert_close(loss["sigmas"], expected, rtol=1e-5, atol=0)
-    assert seen.scales[0][0] == B and seen.scales[0][2] == config.focus == 0.7
+    assert seen.scales[0][0] == B and seen.scales[0][2] == config.focus == 0.4
     for arguments, loss in zip(seen.scales, seen.losses, strict=True):
         assert torch.equal(arguments[1], loss["sigmas"])
     i = all_steps(seen, "i")
@@ -242,3 +242,19 @@ def test_a_short_memory_and_a_long_one_learn_the_same_and_draw_different_picture
     assert all(torch.equal(a["network"][name], b["network"][name]) for name in a["network"])
     assert all(torch.equal(a["network"][name], a["ema"][name]) for name in a["network"])
     assert (folders[0] / "samples.png").read_bytes() != (folders[1] / "samples.png").read_bytes()
+
+
+def test_paper_is_the_papers(lesson):
+    """NCSN: Sec. 5 and App. B.2. NCSNv2: App. B.2, with lesson 3's width, since it has no run on MNIST."""
+    module = script(lesson.name)
+    steps, rate = {"lesson_03_ncsn": (200_000, 1e-3), "lesson_04_ncsnv2": (300_000, 1e-4)}[lesson.name]
+    config = module.Config(**module.PRESETS["paper"])
+    assert (config.steps, config.batch_size, config.learning_rate) == (steps, 128, rate)
+    assert (config.optimizer, config.warmup, config.decay, config.clip) == ("adam", 0, "constant", float("inf"))
+    assert (config.width, config.blocks, config.patch, config.activation) == (64, 2, 1, "elu")
+    assert config.skip is False and config.focus == 0
+    assert module.PRESETS["paper on cifar10"] == {"width": 128}
+    if lesson.name == "lesson_03_ncsn":
+        assert (config.sigma_1, config.sigma_L, config.L, config.T, config.epsilon) == (1, 0.01, 10, 100, 2e-5)
+    else:
+        assert (config.sigma_L, config.overlap, config.T, config.ema_decay) == (0.01, 0.5, 5, 0.999)
