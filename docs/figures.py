@@ -32,7 +32,7 @@ from common.errors import LessonError
 from common.files import atomic_write
 from lesson_04_ncsnv2.noise_scales import geometric_noise_scales, noise_scale_ratio, number_of_noise_scales
 from lesson_04_ncsnv2.sampler import langevin_step_size
-from lesson_04_ncsnv2.unconditional import noise_after_langevin, step_size_for_all_levels
+from lesson_04_ncsnv2.unconditional import noise_after_langevin, step_size_for_all_scales
 
 D, SIGMA_1, SIGMA_L = 28 * 28, 16.8758, 0.01  # SIGMA_1 is what Technique 1 computes for MNIST
 TECHNIQUES, TECHNIQUES_COLUMNS = DOCS / "techniques.csv", ("experiment", "setting", "x", "y", "value", "n", "seed")
@@ -293,7 +293,7 @@ def step_size(path: Path) -> None:
         panel.plot(best, left(best, T), "o", color=color, markersize=8)
     for T in (1, 2, 3, 5, 10):  # the table of "The price of Technique 3"
         cells = []
-        for epsilon in (langevin_step_size(sigmas, T), step_size_for_all_levels(sigmas, T)):
+        for epsilon in (langevin_step_size(sigmas, T), step_size_for_all_scales(sigmas, T)):
             left_over = (SIGMA_L * float(noise_after_langevin(sigmas, T, epsilon, exact)) for exact in (True, False))
             cells += [f"{epsilon / SIGMA_L**2:.3f}", *(f"{noise:.3g}" for noise in left_over)]
         print(f"| {T} | " + " | ".join(cells[:4] + cells[5:]) + " |")

@@ -48,7 +48,7 @@ from lesson_04_ncsnv2.sampler import (
     langevin_step_size,
     smallest_eta,
 )
-from lesson_04_ncsnv2.unconditional import noise_after_langevin, step_size_for_all_levels
+from lesson_04_ncsnv2.unconditional import noise_after_langevin, step_size_for_all_scales
 
 
 class Trained(NamedTuple):
@@ -293,7 +293,7 @@ def technique_4(three: Trained, four: Trained, table: Table) -> None:
     for T in (1, 2, 3):
         rs = {f"T = {T}": (0.06, 0.25, 0.5)}
         rs[f"T = {T} by Technique 4"] = (langevin_step_size(sigmas, T) / sigma_L**2,)
-        rs[f"T = {T} by the recursion"] = (step_size_for_all_levels(sigmas, T) / sigma_L**2,)
+        rs[f"T = {T} by the recursion"] = (step_size_for_all_scales(sigmas, T) / sigma_L**2,)
         for setting, several in rs.items():
             for r in table.missing(setting, several):
                 found = quality(*sample(four, table, L, T, r, annealed_langevin_dynamics))

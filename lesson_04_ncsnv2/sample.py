@@ -19,6 +19,7 @@ from sampler import (
     tweedie,
 )
 from score_network import ScoreNetwork
+from unconditional import step_size_for_all_scales
 
 from common.errors import LessonError
 from common.noise import Noise, noise_like
@@ -39,6 +40,11 @@ def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
     return (config.T if sampler == "langevin" else 1) * len(network.sigmas) + 1
 
 
+def step_size(sigmas: Tensor, T: int) -> float:
+    """Technique 4's; for T < 4, with which that leaves noise, the longer one that looks at all scales sigmas (L,)."""
+    return langevin_step_size(sigmas, T) if T >= 4 else step_size_for_all_scales(sigmas, T)
+
+
 def measured_eta(sigmas: Tensor) -> float:
     """The eta of consistent annealed sampling on sigmas (L,), half-way from DDPM's to 1: near the best, as measured."""
     return (1 + ancestral_eta(sigmas)) / 2
@@ -54,7 +60,7 @@ def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: i
     x = sigmas[0] * noise_like(torch.empty(shape, device=sigmas.device), generator)
     if sampler == "langevin":
         T = langevin_steps(calls, len(sigmas), 1)
-        steps = annealed_langevin_dynamics(network, x, sigmas, T, langevin_step_size(sigmas, T), generator)
+        steps = annealed_langevin_dynamics(network, x, sigmas, T, step_size(sigmas, T), generator)
     elif calls < 3:
         raise LessonError(f"--calls {calls}: consistent sampling needs at least 3, two noise scales and one to denoise")
     else:
@@ -73,7 +79,7 @@ def fill_in(network, config, y: Tensor, known: Tensor, generator: Noise, calls: 
     """Images y (N, C, H, W) with other pixels where known (1, 1, H, W) is 0."""
     sigmas, T = network.sigmas, langevin_steps(calls, len(network.sigmas), 1)
     start = sigmas[0] * noise_like(y, generator)
-    *_, x = inpaint(network, y, known, start, sigmas, T, langevin_step_size(sigmas, T), generator)
+    *_, x = inpaint(network, y, known, start, sigmas, T, step_size(sigmas, T), generator)
     return denoise(network, x, sigmas) * (1 - known) + y * known
 
 

@@ -54,7 +54,7 @@ def noise_after_consistent(sigmas: Tensor, eta: float, a: float = 1.0, condition
     return float(a)
 
 
-def step_size_for_all_levels(sigmas: Tensor, T: int) -> float:
+def step_size_for_all_scales(sigmas: Tensor, T: int) -> float:
     """The epsilon > 0 with which T steps of Algorithm 1 at each level leave the least noise after all of them (ours).
 
     Technique 4 looks at one level, and assumes an exact score and the right noise at its start. With few steps neither

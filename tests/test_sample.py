@@ -22,6 +22,7 @@ from common.noise import SeededNoise, noise_like
 from common.play import read_mask
 from lesson_04_ncsnv2.noise_scales import geometric_noise_scales
 from lesson_04_ncsnv2.sampler import denoise
+from lesson_04_ncsnv2.unconditional import noise_after_langevin
 from tests.running import ENVIRONMENT, ROOT, run_here, script
 
 FEW = {"lesson_03_ncsn": 10, "lesson_04_ncsnv2": 9}  # network calls, too few for digits
@@ -227,6 +228,13 @@ def test_the_noise_that_a_sampler_adds_has_the_size_of_the_step_that_was_asked_f
     else:
         start, alpha = sigmas[0] ** 2, 2 * lesson.sampler.langevin_step_size(sigmas, T) * sigmas**2 / sigmas[-1] ** 2
     assert float(frames[-1].double().var()) == pytest.approx(float(start + T * alpha.sum()), rel=0.05)
+
+
+def test_one_two_or_three_langevin_steps_are_long_enough_for_a_network_that_cannot_correct_the_noise():
+    """From Technique 4's step it would be left with too much of it (test_unconditional.py has how much)."""
+    module, sigmas = script("lesson_04_ncsnv2", "sample"), geometric_noise_scales(16.9, 0.01, 96)
+    shares = {T: noise_after_langevin(sigmas, T, torch.tensor(module.step_size(sigmas, T))) for T in (1, 2, 3, 4, 10)}
+    assert all(share < 1.55 for share in shares.values())  # noise over sigma_L; 467 with Technique 4's step and T = 1
 
 
 def test_few_calls_take_some_of_the_noise_scales_evenly_chosen():

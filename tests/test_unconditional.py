@@ -17,7 +17,7 @@ from lesson_04_ncsnv2.sampler import (
     denoise,
     langevin_step_size,
 )
-from lesson_04_ncsnv2.unconditional import noise_after_consistent, noise_after_langevin, step_size_for_all_levels
+from lesson_04_ncsnv2.unconditional import noise_after_consistent, noise_after_langevin, step_size_for_all_scales
 
 SIGMAS = geometric_noise_scales(16.8758, 0.01, 96)  # what Techniques 1 and 2 compute for MNIST
 SIGMA_L = 0.01
@@ -42,7 +42,7 @@ def noise(a=1.0):
 
 @pytest.mark.parametrize("T", [1, 2, 3])
 @pytest.mark.parametrize("score", [unit_size, exact])
-@pytest.mark.parametrize("rule", [langevin_step_size, step_size_for_all_levels])
+@pytest.mark.parametrize("rule", [langevin_step_size, step_size_for_all_scales])
 def test_the_recursion_is_what_algorithm_1_does(score, T, rule):
     torch.manual_seed(0)
     epsilon = rule(SIGMAS, T)
@@ -75,7 +75,7 @@ def test_with_technique_4_few_steps_fail_only_without_conditioning():
 
 @pytest.mark.parametrize("T", [1, 2, 3, 10])
 def test_the_step_for_all_levels_is_the_best_and_longer_than_technique_4(T):
-    epsilon = step_size_for_all_levels(SIGMAS, T)
+    epsilon = step_size_for_all_scales(SIGMAS, T)
     best = float(noise_after_langevin(SIGMAS, T, epsilon))
     others = noise_after_langevin(SIGMAS, T, epsilon * torch.tensor([0.5, 0.9, 1.1, 1.5]))
     assert (others > best).all() and best < 1.5
@@ -104,4 +104,4 @@ def test_the_limit_is_ddpms_eta():
 def test_what_it_cannot_compute_is_refused():
     for T, sigmas in ((0, SIGMAS), (1, SIGMAS[:1])):
         with pytest.raises(ValueError, match="needs T >= 1 and L >= 2"):
-            step_size_for_all_levels(sigmas, T)
+            step_size_for_all_scales(sigmas, T)
