@@ -30,7 +30,7 @@ def noise_after_langevin(sigmas: Tensor, T: int, epsilon: Tensor, conditional: b
     sigmas (L,) the noise levels, T steps at each of them; epsilon > 0, the step size at sigma_L, of any shape, which is
     also that of the result. The start has the noise that belongs to sigma_1.
     """
-    ratios = (sigmas[:-1] / sigmas[1:]).double()
+    ratios = (sigmas[:-1] / sigmas[1:]).cpu().double()
     r = torch.as_tensor(epsilon, dtype=torch.float64) / float(sigmas[-1]) ** 2
     a = torch.ones_like(r)
     for gamma in [1.0, *ratios.tolist()]:
@@ -48,7 +48,7 @@ def noise_after_consistent(sigmas: Tensor, eta: float, a: float = 1.0, condition
     step, and grows below, as at eta = 1 - 1 / gamma, which is DDIM.
     """
     a = torch.tensor(a, dtype=torch.float64)
-    for gamma in (sigmas[:-1] / sigmas[1:]).double():
+    for gamma in (sigmas[:-1] / sigmas[1:]).cpu().double():
         fresh = (gamma**-2 - (1 - eta) ** 2).clamp(min=0)  # in units of sigma_i^2
         a = gamma * step(a, eta, fresh, conditional)
     return float(a)
