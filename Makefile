@@ -1,13 +1,18 @@
-# Every target is a line or two that could be typed. VENV=... uses another virtual environment than .venv.
+# Every target is a line or two that could be typed. VENV=... uses another virtual environment than .venv;
+# `make diff A=5 B=9` compares other lessons than 3 and 4.
 VENV ?= .venv
+A ?= 3
+B ?= 4
 PYTHON ?= python3
 BIN = $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
 
-.PHONY: train lesson-03 lesson-04 test lint smoke bench diff
+LESSONS = lesson-03 lesson-04 lesson-05 lesson-09
+
+.PHONY: train $(LESSONS) test lint smoke bench diff
 
 train: lesson-04
 
-lesson-03 lesson-04: lesson-%: $(VENV)/installed
+$(LESSONS): lesson-%: $(VENV)/installed
 	cd lesson_$*_* && "$(BIN)/python" train_mnist.py
 
 test: $(VENV)/installed-dev lint
@@ -25,7 +30,7 @@ bench: $(VENV)/installed
 	"$(BIN)/python" -m common.bench
 
 diff:
-	diff -r -u0 -x output -x __pycache__ -x README.md -x '*.pt' --color=always lesson_03_ncsn lesson_04_ncsnv2 | less -R
+	diff -r -u0 -x output -x __pycache__ -x README.md -x '*.pt' --color=always lesson_0$(A)_* lesson_0$(B)_* | less -R
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv "$(VENV)"

@@ -119,7 +119,7 @@ def save_loss_plot(rows: Sequence[Sequence[float]], bands: Sequence[str], path: 
     for k, (name, column) in enumerate(zip(bands, columns, strict=True)):
         color = (0.9 - 0.8 * k / len(bands), 0.3, 0.1 + 0.8 * k / len(bands))  # from red to blue
         right.plot(*_running_mean(steps, column), color=color, label=name)
-    right.axhline(reference, color="black", linestyle="--", label="network that returns zero: D/2")
+    right.axhline(reference, color="black", linestyle="--", label="network that returns zero")
     for panel, title in ((left, "training loss"), (right, "loss by noise level (running means)")):
         panel.set(title=title, xlabel="step", ylabel="loss", yscale="log")
         panel.yaxis.set_major_formatter("{x:g}")  # 200, not 2 x 10^2

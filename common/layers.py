@@ -5,7 +5,8 @@ On a CPU the convolutions run near the machine's limit; what is between them dec
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 
 class _ELU(torch.autograd.Function):
@@ -60,6 +61,20 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance of each channel over its pixels: x (B, C, H, W) -> two (B, C), float32."""
     mean, mean_square = _Moments.apply(x)
     return mean, (mean_square - mean.square()).clamp(min=0)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm (Wu & He 2018): x (B, C, H, W), each group of channels standardised over its channels and pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        mean, variance = (rearrange(m, "b (g c) -> b g c", g=self.num_groups) for m in channel_moments(x))
+        mu = mean.mean(2, keepdim=True)  # (B, G, 1), of the group
+        variance = (variance + (mean - mu).square()).mean(2, keepdim=True)
+        scale = self.weight * torch.rsqrt(variance + self.eps).expand_as(mean).flatten(1)  # (B, C)
+        shift = self.bias - scale * mu.expand_as(mean).flatten(1)
+        return torch.addcmul(shift.to(x.dtype)[:, :, None, None], x, scale.to(x.dtype)[:, :, None, None])
 
 
 def average_pool5(x: Tensor) -> Tensor:

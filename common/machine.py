@@ -74,8 +74,9 @@ def sampling_precision(name: str, trained: str, device: torch.device) -> str:
 class InBatches:
     """A network to sample with: it takes any number of images, runs at most 100 at once, in `precision`.
 
-    Called as the network is, with x (N, C, H, W) and the noise level of each (N,); its attributes are the network's.
-    `bar`, if there is one, is told how many images each call took. Raises Stopped once `stop` is true.
+    Called as the network is, with x (N, C, H, W) and the noise level of each (N,); returns what that returns, a tensor
+    or several. Its attributes are the network's. `bar`, if there is one, is told how many images each call took. Raises
+    Stopped once `stop` is true.
     """
 
     def __init__(self, network: torch.nn.Module, precision: str, bar=None, batch_size: int = 100, stop=False):
@@ -91,7 +92,7 @@ class InBatches:
                 parts.append(self.network(a, b))
             if self.bar is not None:
                 self.bar.update(len(a))
-        return torch.cat(parts)
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def __getattr__(self, name):
         return getattr(self.network, name)

@@ -11,12 +11,16 @@ fill_in(network, config, y, known, generator, calls) -> y (N, C, H, W) with othe
 noise_levels(network, config) -> the names of the noise levels, from the noisiest on;
 noise_and_guess(network, config, x, z, k) -> x with noise z of level k, and the network's guess of the clean images.
 
+It may hold two more: OPTIONS, {field of config: values} that only samplers use, which become flags; and PICTURES,
+{flag: function(network, config, n, seed, calls, x)}, with pairs of test images x (n, 2, C, H, W), which returns images
+and how many are a row; the function's docstring is the flag's help.
+
 config is that of the training. Images are in [0, 1].
 """
 
 import math
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,7 +31,7 @@ from torch import Tensor
 from common import cli
 from common.checkpoint import load_network
 from common.cli import progress
-from common.config import check_range
+from common.config import check_range, flag_of
 from common.data import load_mask, load_picture, load_pictures
 from common.errors import LessonError
 from common.files import atomic_write, check_writable
@@ -69,12 +73,18 @@ def read_flags(lesson: ModuleType) -> Namespace:
     add("--nearest", action="store_true", help="show the training images that are nearest to samples")
     add("--denoise", nargs="?", const="", metavar="PATH", help="add noise and take it away in one step")
     add("--info", action="store_true", help="print what is in the checkpoint")
+    for name, function in own_pictures(lesson).items():
+        add(flag_of(name), action="store_true", help=function.__doc__)
+    for name, values in own_options(lesson).items():
+        how = {"action": BooleanOptionalAction} if True in values else {"choices": values}
+        parser.add_argument(flag_of(name), **how, help="(default: that of the training)")
     options = parser.parse_args()
     for name, value in vars(options).items():
         if isinstance(value, str) and value.startswith("~"):
             setattr(options, name, os.path.expanduser(value))
-    options.verb = next((name for name in VERBS if vars(options).get(name) not in (None, False)), "drawn")
-    options.num = VERBS[options.verb] if options.num is None else options.num
+    verbs = {**VERBS, **dict.fromkeys(own_pictures(lesson), 8)}
+    options.verb = next((name for name in verbs if vars(options).get(name) not in (None, False)), "drawn")
+    options.num = verbs[options.verb] if options.num is None else options.num
     options.output = options.output or f"output/{options.verb}.png"
     options.sampler = options.sampler or (lesson.FILLS_IN if options.inpaint else lesson.SAMPLERS[0])
     check_range("--num", options.num, 1, 100_000)
@@ -84,7 +94,7 @@ def read_flags(lesson: ModuleType) -> Namespace:
     if options.inpaint and options.sampler != lesson.FILLS_IN:
         raise LessonError(f"--inpaint follows {lesson.FILLS_IN}: leave out --sampler")
     if options.verb != "drawn" and (options.gif or options.strip):
-        raise LessonError(f"--gif and --strip show how plain samples come about: leave out --{options.verb}")
+        raise LessonError(f"--gif and --strip show how plain samples come about: leave out {flag_of(options.verb)}")
     for flag, ending in (("output", ".png"), ("gif", ".gif"), ("strip", ".png")):
         path = getattr(options, flag)
         if path and Path(path).suffix.lower() != ending:
@@ -92,10 +102,23 @@ def read_flags(lesson: ModuleType) -> Namespace:
     return options
 
 
+def own_options(lesson: ModuleType) -> dict:
+    """The lesson's OPTIONS."""
+    return getattr(lesson, "OPTIONS", {})
+
+
+def own_pictures(lesson: ModuleType) -> dict:
+    """The lesson's PICTURES."""
+    return getattr(lesson, "PICTURES", {})
+
+
 def play(lesson: ModuleType, options: Namespace) -> None:
     """Loads the network, and makes the pictures."""
     path, device = find_checkpoint(options.checkpoint, Path(lesson.__file__).parent), choose_device()
     network, config, checkpoint = load_network(lesson, path, device)
+    for name in own_options(lesson):
+        if getattr(options, name) is not None:
+            setattr(config, name, getattr(options, name))
     if options.info:
         return print_info(checkpoint, network, lesson.noise_levels(network, config), path)
     for name in (options.output, options.save_tensor, options.gif, options.strip):
@@ -148,6 +171,14 @@ def play(lesson: ModuleType, options: Namespace) -> None:
     elif options.verb == "denoise":
         y = load_picture(options.denoise, *shape[1::-1]) / 255 if options.denoise else pictures("test", n)
         images = show_denoising(*how, y.to(device), seed, precision, output)
+
+    elif options.verb in own_pictures(lesson):
+        some = pictures("test", 2 * n)  # of a folder, perhaps fewer
+        pairs = some[torch.arange(2 * n) % len(some)].unflatten(0, (-1, 2)).to(device)
+        make = own_pictures(lesson)[options.verb]
+        images, columns = make(InBatches(network, precision, progress(None, " calls")), config, n, seed, calls, pairs)
+        check_finite(images)
+        save_grid(images, output, columns)
 
     if options.save_tensor:
         with atomic_write(options.save_tensor) as temporary:
@@ -257,6 +288,7 @@ def print_info(checkpoint: dict, network: torch.nn.Module, levels: list[str], pa
     print(f"parameters  {sum(p.numel() for p in network.parameters()):,}")
     for name, value in checkpoint["config"].items():
         print(f"  {name:<16}{value}")
-    print(f"noise       {len(levels)} levels:")
+    print(f"noise       {len(levels)} levels" + (", among them:" if len(levels) > 100 else ":"))
+    levels = [levels[k] for k in evenly(len(levels), 30)] if len(levels) > 100 else levels
     for start in range(0, len(levels), 6):
         print("  " + "".join(f"{name:<18}" for name in levels[start : start + 6]).rstrip())

@@ -93,13 +93,14 @@ class Run:
         if self.leads:
             print(what, file=sys.stderr, flush=True)
 
-    def begin(self, levels: Sequence[str], calls: tuple[int, int], **parts) -> None:
+    def begin(self, levels: Sequence[str], calls: tuple[int, int], zero_loss: float, **parts) -> None:
         """Takes what a checkpoint has to hold, and fills it from the one the run goes on from.
 
         levels: names of the noise levels, from the noisiest on. calls: how often the network is called for each picture
-        on the way, and for each of the last ones. parts: networks on `device`, and what else has a state_dict.
+        on the way, and for each of the last ones. zero_loss: the loss of a network that returns zero. parts: networks
+        on `device`, and what else has a state_dict.
         """
-        self.calls, self.log = calls, TrainingLog(levels)
+        self.calls, self.zero_loss, self.log = calls, zero_loss, TrainingLog(levels)
         self.parts = {**parts, "log": self.log}
         if self.checkpoint:
             self._restore()
@@ -125,6 +126,8 @@ class Run:
         with progress(self.config.steps * B, " images", **bar) as self.bar:
             while self.step < self.config.steps or self.config.minutes:  # until the steps for them are known
                 self.step += 1
+                # Dropout has torch's own random numbers: new ones in each step and process, the same after a resume
+                torch.manual_seed((self.config.seed + 1_000_003 * (self.step * ranks.world() + ranks.rank())) % 2**63)
                 yield self.step
                 self.bar.update(B)
                 if self.ending:
@@ -159,7 +162,7 @@ class Run:
             self._announce((time.perf_counter() - self.clock) / (TIMED - WARM))
         closes = self.step % LOG_EVERY == 0
         if closes:
-            self.bar.set_postfix(loss=f"{self.log.close_row():.2f}", refresh=sys.stderr.isatty())
+            self.bar.set_postfix(loss=f"{self.log.close_row():#.4g}", refresh=sys.stderr.isatty())
         if self.device.type == "cpu" or closes:  # a GPU would have to wait for the others' answer at each step
             self.ending = ranks.largest(self.stop.signal_number, self.device)
         if self.ending or self.step % self.config.preview_every == 0 or self.step == self.config.steps:
@@ -235,7 +238,7 @@ class Run:
         with by_product("config.json"), atomic_write(self.folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
         with by_product("metrics.csv or loss.png"):
-            self.log.write(self.folder, reference=self.images[0].numel() / 2)
+            self.log.write(self.folder, self.zero_loss)
 
     def _restore(self):
         """Puts what `_save` wrote back. LessonError if it is not all there, or does not fit."""

@@ -85,8 +85,8 @@ class Table:
         mine = [line for line in lines if (line[0], *line[5:]) == (experiment, str(n), str(seed))]
         if again or not path.is_file():
             lines, mine = [line for line in lines if line not in mine], []
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(",".join(line) + "\n" for line in lines))
+            with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(lines)
         self.there = {(line[1], line[2]) for line in mine}
 
     def missing(self, setting: str, xs) -> list:
@@ -96,9 +96,10 @@ class Table:
 
     def add(self, setting: str, x: float, **values: float) -> None:
         """Writes what was measured at x, a line for each value, unless it is there; prints it."""
-        with self.path.open("a") as file:
+        with self.path.open("a", newline="") as file:
             for name, value in values.items() if self.missing(setting, [x]) else ():
-                file.write(f"{self.experiment},{setting},{x:.6g},{name},{value:.6g},{self.n},{self.seed}\n")
+                line = self.experiment, setting, f"{x:.6g}", name, f"{value:.6g}", self.n, self.seed
+                csv.writer(file, lineterminator="\n").writerow(line)
         self.there.add((setting, f"{x:.6g}"))
         print(f"  {setting}: {x:.4g}: " + ", ".join(f"{name} {v:.4g}" for name, v in values.items()), flush=True)
 

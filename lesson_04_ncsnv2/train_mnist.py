@@ -96,7 +96,8 @@ def train(config: Config, run: Run) -> None:
     ema = copy.deepcopy(network).requires_grad_(False)  # Technique 5
     optimizer = Optimizer(network, config.optimizer)
     calls = [number_of_calls(network, config, SAMPLERS[0]), number_of_calls(network, config, SAMPLERS[-1], quick=False)]
-    run.begin(noise_levels(network, config), calls, network=network, ema=ema, optimizer=optimizer)
+    zero_loss = run.images[0].numel() / 2
+    run.begin(noise_levels(network, config), calls, zero_loss, network=network, ema=ema, optimizer=optimizer)
 
     for _ in run.steps():
         x = run.batch() / 255  # (B, C, H, W)

@@ -10,6 +10,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+PURE = (
+    "noise_scales",
+    "noise_schedule",
+    "score_network",
+    "noise_network",
+    "loss",
+    "sampler",
+    "likelihood",
+)  # no scripts
 LESSONS = tuple(sorted(path.parent.name for path in ROOT.glob("lesson_*/train_mnist.py")))
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n 2`: a core for each
@@ -24,10 +33,16 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=LESSONS, scope="session")
+def pytest_generate_tests(metafunc):
+    """A test that asks for `lesson` runs for each of them, or for those that @pytest.mark.lessons names."""
+    if "lesson" in metafunc.fixturenames:
+        mark = metafunc.definition.get_closest_marker("lessons")
+        metafunc.parametrize("lesson", mark.args if mark else LESSONS, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def lesson(request):
-    """A test that asks for this runs once for each lesson: lesson.sampler is the module lesson_0x/sampler.py."""
-    modules = ("noise_scales", "score_network", "loss", "sampler")
-    return SimpleNamespace(
-        name=request.param, **{name: importlib.import_module(f"{request.param}.{name}") for name in modules}
-    )
+    """lesson.name is the folder's, and lesson.sampler the module sampler.py in it."""
+    files = (path for path in (ROOT / request.param).glob("*.py") if path.stem in PURE)
+    modules = {path.stem: importlib.import_module(f"{request.param}.{path.stem}") for path in files}
+    return SimpleNamespace(name=request.param, **modules)

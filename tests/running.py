@@ -23,7 +23,23 @@ import common.training_log
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # networks as small as these only lose time with more threads
-FEW_SCALES = {"lesson_03_ncsn": ("--L", 3, "--T", 1), "lesson_04_ncsnv2": ("--overlap", 0.01)}
+FEW_SCALES = {
+    "lesson_03_ncsn": ("--L", 3, "--T", 1),
+    "lesson_04_ncsnv2": ("--overlap", 0.01),
+    "lesson_05_ddpm": ("--T", 4, "--beta-T", 0.5),
+    "lesson_09_improved_ddpm": ("--T", 4),
+}
+DIFFUSION = ("lesson_05_ddpm", "lesson_09_improved_ddpm")  # lessons with t in place of noise scales
+LOSS = {  # lessons 3 and 4 have denoising_score_matching_loss
+    "lesson_05_ddpm": "noise_prediction_loss",
+    "lesson_09_improved_ddpm": "hybrid_loss",
+}
+
+
+def loss_of(lesson):
+    """The name of a lesson's loss, and the function: (network, x, table of the noise levels, level, noise) -> (B,)."""
+    name = LOSS.get(lesson.name, "denoising_score_matching_loss")
+    return name, getattr(lesson.loss, name)
 
 
 @dataclass

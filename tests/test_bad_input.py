@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.running import ROOT, hashes, quick, run, run_here
+from tests.conftest import LESSONS
+from tests.running import DIFFUSION, ROOT, hashes, quick, run, run_here
 
-OTHER = {"lesson_03_ncsn": "lesson_04_ncsnv2", "lesson_04_ncsnv2": "lesson_03_ncsn"}
+
+def others(lesson):
+    return [name for name in LESSONS if name != lesson.name]
 
 
 def explanation(result, status=1):
@@ -73,12 +76,6 @@ FLAGS = [
     ("--learning-rate nan", 1, "--learning-rate must be greater than zero, not nan"),
     ("--clip 0", 1, "--clip must be greater than zero"),
     ("--clip nan", 1, "--clip must be greater than zero"),
-    ("--focus -1", 1, "--focus must lie between 0 and "),
-    ("--focus nan", 1, "--focus must lie between 0 and "),
-    ("--sigma-L 0", 1, "--sigma-L must lie between 1e-06 and "),
-    ("--sigma-L nan", 1, "--sigma-L must lie between"),
-    ("--sigma-L 2000", 1, "--sigma-L must lie between"),
-    ("--T 0", 1, "--T must be greater than zero"),
     ("--channels 2", 2, "--channels: invalid choice: 2 (choose from "),
     ("--image-size 15", 2, "--image-size: invalid choice: 15 (choose from "),
     ("--preview-every 0", 1, "--preview-every must be greater than zero"),
@@ -87,12 +84,20 @@ FLAGS = [
     ("--minutes nan", 1, "--minutes must lie between 0 and "),
     ("--seed 99999999999999999999", 1, "--seed must lie between"),
     ("--dataset imagenet", 2, "--dataset: invalid choice: 'imagenet' (choose from "),
-    ("--activation gelu", 2, "--activation: invalid choice: 'gelu' (choose from "),
     ("--optimizer sgd", 2, "--optimizer: invalid choice: 'sgd' (choose from "),
     ("--decay linear", 2, "--decay: invalid choice: 'linear' (choose from "),
     ("--patch 3", 2, "--patch: invalid choice: 3 (choose from "),
     ("--precision float16", 2, "--precision: invalid choice: 'float16' (choose from "),
     ("--device tpu", 2, "--device: invalid choice: 'tpu' (choose from "),
+]
+FLAGS_OF_LESSONS_3_AND_4 = [
+    ("--focus -1", 1, "--focus must lie between 0 and "),
+    ("--focus nan", 1, "--focus must lie between 0 and "),
+    ("--sigma-L 0", 1, "--sigma-L must lie between 1e-06 and "),
+    ("--sigma-L nan", 1, "--sigma-L must lie between"),
+    ("--sigma-L 2000", 1, "--sigma-L must lie between"),
+    ("--T 0", 1, "--T must be greater than zero"),
+    ("--activation gelu", 2, "--activation: invalid choice: 'gelu' (choose from "),
 ]
 FLAGS_OF_LESSON_3 = [
     ("--L 1", 1, "--L must lie between 2 and "),
@@ -112,6 +117,26 @@ FLAGS_OF_LESSON_4 = [
     ("--ema-decay 1.5", 1, "--ema-decay must lie between 0 and 1"),
     ("--ema-decay nan", 1, "--ema-decay must lie between 0 and 1"),
 ]
+FLAGS_OF_LESSON_5 = [
+    ("--sigma-L 0.01", 2, "unrecognized arguments: --sigma-L 0.01"),
+    ("--T 1", 1, "--T must lie between 2 and 100000, not 1"),
+    ("--T 100001", 1, "--T must lie between 2 and 100000, not 100001"),
+    ("--beta-1 0", 1, "--beta-1 must be greater than zero, not 0.0"),
+    ("--beta-T nan", 1, "--beta-T must be greater than zero, not nan"),
+    ("--beta-1 1", 1, "noise schedule cannot be made of these flags and data: beta_1 = 1 of T = 30 does not lie"),
+    ("--beta-T 2", 1, "noise schedule cannot be made of these flags and data: beta_16 = "),  # the first above 1
+    ("--beta-T inf", 1, "noise schedule cannot be made of these flags and data: beta_"),
+    ("--dropout 1.5", 1, "--dropout must lie between 0 and 0.9, not 1.5"),
+    ("--dropout -0.1", 1, "--dropout must lie between"),
+    ("--dropout nan", 1, "--dropout must lie between"),
+    ("--width 7", 1, "--width must lie between 8 and "),
+    ("--levels 1", 1, "--levels must lie between 2 and 6, not 1"),
+    ("--levels 7", 1, "--levels must lie between"),
+    ("--variance learned", 2, "--variance: invalid choice: 'learned' (choose from "),
+    ("--clip-x-0 no", 2, "unrecognized arguments: no"),
+    ("--ema-decay 1.5", 1, "--ema-decay must lie between 0 and 1"),
+    ("--ema-decay nan", 1, "--ema-decay must lie between 0 and 1"),
+]
 
 
 def check_flags(name, earlier, flags, status, expected):
@@ -128,6 +153,12 @@ def test_flags(lesson, earlier, flags, status, expected):
     check_flags(lesson.name, earlier, flags, status, expected)
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+@pytest.mark.parametrize("flags, status, expected", FLAGS_OF_LESSONS_3_AND_4)
+def test_flags_of_lessons_3_and_4(lesson, earlier, flags, status, expected):
+    check_flags(lesson.name, earlier, flags, status, expected)
+
+
 @pytest.mark.parametrize("flags, status, expected", FLAGS_OF_LESSON_3)
 def test_flags_of_lesson_3(earlier, flags, status, expected):
     check_flags("lesson_03_ncsn", earlier, flags, status, expected)
@@ -136,6 +167,11 @@ def test_flags_of_lesson_3(earlier, flags, status, expected):
 @pytest.mark.parametrize("flags, status, expected", FLAGS_OF_LESSON_4)
 def test_flags_of_lesson_4(earlier, flags, status, expected):
     check_flags("lesson_04_ncsnv2", earlier, flags, status, expected)
+
+
+@pytest.mark.parametrize("flags, status, expected", FLAGS_OF_LESSON_5)
+def test_flags_of_lesson_5(earlier, flags, status, expected):
+    check_flags("lesson_05_ddpm", earlier, flags, status, expected)
 
 
 def test_pictures_that_are_all_alike(earlier, tmp_path):
@@ -174,7 +210,7 @@ def test_a_batch_that_does_not_fit_into_memory(lesson, tmp_path):
 def repository(tmp_path_factory):
     """What a run needs of the repository, copied, so that it can be damaged."""
     folder = tmp_path_factory.mktemp("repository")
-    for name in ("common", *OTHER):
+    for name in ("common", "lesson_03_ncsn", "lesson_04_ncsnv2"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("output", "__pycache__"))
     return folder
 
@@ -260,9 +296,10 @@ def test_a_file_of_torch_that_is_no_checkpoint(lesson, copied, content):
     check_resume(lesson.name, copied, "checkpoint.pt is not a checkpoint of these lessons")
 
 
-def test_a_checkpoint_of_the_other_lesson(lesson, copied):
-    other = OTHER[lesson.name]
-    check_resume(other, copied, f"is a checkpoint of {lesson.name}, not of {other}; use the scripts in {lesson.name}/")
+def test_a_checkpoint_of_another_lesson(lesson, copied):
+    for other in others(lesson):
+        expected = f"is a checkpoint of {lesson.name}, not of {other}; use the scripts in {lesson.name}/"
+        check_resume(other, copied, expected)
 
 
 def test_a_checkpoint_of_another_width(lesson, copied):
@@ -283,7 +320,6 @@ def test_a_checkpoint_that_is_further_than_asked_for(lesson, copied):
         lambda checkpoint: checkpoint.pop("config"),
         lambda checkpoint: checkpoint.pop("network"),
         lambda checkpoint: checkpoint.pop("device"),
-        lambda checkpoint: checkpoint["network"].pop("sigmas"),
         lambda checkpoint: checkpoint.pop("optimizer"),
         lambda checkpoint: checkpoint["optimizer"].pop("adam"),
         lambda checkpoint: checkpoint["optimizer"]["adam"]["param_groups"].pop(),
@@ -292,13 +328,37 @@ def test_a_checkpoint_that_is_further_than_asked_for(lesson, copied):
         lambda checkpoint: checkpoint.update(generator=torch.zeros(3)),
         lambda checkpoint: checkpoint.pop("log"),
     ],
-    ids="width weights field config network device sigmas optimizer adam group momentum shape generator log".split(),
+    ids="width weights field config network device optimizer adam group momentum shape generator log".split(),
 )
 def test_a_checkpoint_whose_parts_do_not_fit(lesson, copied, damage):
-    checkpoint = torch.load(copied / "checkpoint.pt", weights_only=True)
+    check_damaged(lesson, copied, damage, "checkpoint.pt")
+
+
+def check_damaged(lesson, folder, damage, expected):
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     damage(checkpoint)
-    torch.save(checkpoint, copied / "checkpoint.pt")
-    check_resume(lesson.name, copied, "checkpoint.pt|noise scales cannot be made of .*: 'sigmas'")
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    check_resume(lesson.name, folder, expected)
+
+
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+def test_a_checkpoint_without_noise_scales(lesson, copied):
+    expected = "checkpoint.pt does not fit|noise scales cannot be made of .*: 'sigmas'|the weights in checkpoint.pt"
+    check_damaged(lesson, copied, lambda checkpoint: checkpoint["network"].pop("sigmas"), expected)
+
+
+@pytest.mark.lessons("lesson_04_ncsnv2", *DIFFUSION)
+def test_a_checkpoint_without_averaged_weights(lesson, copied):
+    check_damaged(lesson, copied, lambda checkpoint: checkpoint.pop("ema"), "checkpoint.pt does not fit")
+    expected = f"checkpoint.pt is of another version of {lesson.name}: it has no ema"
+    sampled = run_here(lesson.name, "--checkpoint", copied / "checkpoint.pt", name="sample")
+    assert expected in explanation(sampled)
+
+
+@pytest.mark.lessons("lesson_05_ddpm")
+def test_a_checkpoint_with_a_schedule_that_is_none(lesson, copied):
+    expected = "noise schedule cannot be made of these flags and data: beta_"
+    check_damaged(lesson, copied, lambda checkpoint: checkpoint["config"].update(beta_T=3.0), expected)
 
 
 def test_resume_in_a_process_of_its_own(tmp_path):
@@ -310,12 +370,12 @@ def test_resume_in_a_process_of_its_own(tmp_path):
 
 
 def test_sample_without_a_checkpoint_it_can_use(lesson, finished, tmp_path):
-    other, picture = OTHER[lesson.name], tmp_path / "x.png"
-    for name, flags, expected in (
-        (lesson.name, ("--checkpoint", tmp_path / "x.pt"), "there is no file .*x.pt; train first"),
-        (other, ("--checkpoint", finished / "checkpoint.pt"), f"is a checkpoint of {lesson.name}, not of {other}"),
-    ):
-        assert re.search(expected, explanation(run_here(name, *flags, "--output", picture, name="sample")))
+    cases = [(lesson.name, tmp_path / "x.pt", "there is no file .*x.pt; train first")]
+    for other in others(lesson):
+        cases.append((other, finished / "checkpoint.pt", f"is a checkpoint of {lesson.name}, not of {other}"))
+    for name, path, expected in cases:
+        flags = ("--checkpoint", path, "--output", tmp_path / "x.png")
+        assert re.search(expected, explanation(run_here(name, *flags, name="sample")))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,7 +22,7 @@ from common.machine import (
     training_precision,
 )
 from common.training_log import TrainingLog
-from tests.running import hashes, script
+from tests.running import DIFFUSION, hashes, script
 
 # How a script ends
 
@@ -312,9 +312,17 @@ def test_log_goes_on_after_a_round_trip(tmp_path):
 
 
 def draws(lesson, batch_size, sigmas, focus, times):
-    generator = torch.Generator().manual_seed(1)
-    draw = script(lesson.name).draw_noise_scales
-    i = torch.stack([draw(batch_size, sigmas, focus, generator) for _ in range(times)])
+    """Of lessons 5 and 9, timesteps: as many as there are sigmas."""
+    generator, module = torch.Generator().manual_seed(1), script(lesson.name)
+
+    def draw():
+        if hasattr(module, "UniformTimesteps"):
+            return module.UniformTimesteps(len(sigmas)).draw(batch_size, generator)[0]
+        if hasattr(module, "draw_timesteps"):
+            return module.draw_timesteps(batch_size, len(sigmas), generator)
+        return module.draw_noise_scales(batch_size, sigmas, focus, generator)
+
+    i = torch.stack([draw() for _ in range(times)])
     assert i.dtype == torch.long
     assert i.min() >= 0 and i.max() < len(sigmas)
     return i  # (times, B)
@@ -335,6 +343,15 @@ def test_noise_scales_are_equally_likely(lesson, batch_size):
     assert frequency == pytest.approx([0.1] * 10, abs=0.025)
 
 
+@pytest.mark.lessons("lesson_05_ddpm")
+def test_the_largest_random_number_is_still_a_timestep(lesson, monkeypatch):
+    """torch.rand is below 1, but (63 + u) / 64 may round to 1."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.ones(*shape).nextafter(torch.zeros(1)))
+    t = script(lesson.name).draw_timesteps(64, 1000, torch.Generator())
+    assert t.max() == 999 and t.min() == 15
+
+
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
 def test_noise_scales_near_the_focus_come_more_often(lesson):
     sigmas = torch.logspace(1, -2, 31)
     i = draws(lesson, batch_size=64, sigmas=sigmas, focus=0.5, times=300)
@@ -345,8 +362,9 @@ def test_noise_scales_near_the_focus_come_more_often(lesson):
     assert sigmas[frequency.argmax()] == pytest.approx(0.5, rel=0.3)
 
 
-def test_ema_warms_up_and_then_decays():
-    train_mnist = script("lesson_04_ncsnv2")
+@pytest.mark.lessons("lesson_04_ncsnv2", *DIFFUSION)
+def test_ema_warms_up_and_then_decays(lesson):
+    train_mnist = script(lesson.name)
     network, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     for step, d in ((1, 2 / 11), (5, 6 / 15), (10_000, 0.99)):
         network.weight.data.fill_(1.0)
@@ -356,8 +374,9 @@ def test_ema_warms_up_and_then_decays():
         assert network.weight.item() == 1.0
 
 
-def test_ema_of_a_constant_is_the_constant_and_of_a_step_forgets_the_first_weights():
-    update_ema = script("lesson_04_ncsnv2").update_ema
+@pytest.mark.lessons("lesson_04_ncsnv2", *DIFFUSION)
+def test_ema_of_a_constant_is_the_constant_and_of_a_step_forgets_the_first_weights(lesson):
+    update_ema = script(lesson.name).update_ema
     network, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     network.weight.data.fill_(1.0)
     ema.weight.data.fill_(1000.0)  # as a random start would be: far from where training goes

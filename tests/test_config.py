@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
+import torch
 
 from common.config import (
     RunConfig,
@@ -101,7 +102,9 @@ def test_help_of_the_lessons(lesson, capsys):
     comments = field_comments(train_mnist.Config)
     for field in dataclasses.fields(train_mnist.Config):
         assert f"{comments[field.name]} (default: {field.default})" in text
-        assert re.match("paper|ours", comments[field.name]), f"{field.name}: where does the number come from?"
+        assert re.match("paper|ours|authors' code", comments[field.name]), (
+            f"{field.name}: where does the number come from?"
+        )
     for name, changes in train_mnist.PRESETS.items():
         base, _, dataset = name.partition(" on ")
         assert f"--{base} " in text and (not dataset or f"; on {dataset}: " in text)
@@ -110,6 +113,7 @@ def test_help_of_the_lessons(lesson, capsys):
     train_mnist.Config().check()
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
 def test_paper_on_cifar10_is_as_wide_as_the_papers(lesson):
     module = script(lesson.name)
 
@@ -118,6 +122,17 @@ def test_paper_on_cifar10_is_as_wide_as_the_papers(lesson):
 
     assert width("--paper") == 64 and width("--paper", "--dataset", "cifar10") == 128
     assert width("--paper", "--dataset", "cifar10", "--width", "40") == 40 and width("--dataset", "cifar10") == 32
+
+
+@pytest.mark.lessons("lesson_05_ddpm")
+def test_paper_on_cifar10_is_the_papers_network(lesson):
+    """35.7 million parameters (App. B), and dropout 0.1 in each block."""
+    module = script(lesson.name)
+    config, *_ = parse_config(module.Config, module.PRESETS, ["--paper", "--dataset", "cifar10"])
+    with torch.device("meta"):
+        network = script(lesson.name, "sample").make_network(config, 3, {})
+    assert sum(p.numel() for p in network.parameters()) == 35_746_307
+    assert {layer.p for layer in network.modules() if isinstance(layer, torch.nn.Dropout)} == {0.1}
 
 
 # Ranges and choices

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common.machine import InBatches
 from common.noise import SeededNoise, noise_like
 from common.optimizer import Optimizer
-from tests.running import quick, read_checkpoint, run_here, script
+from tests.running import DIFFUSION, quick, read_checkpoint, run_here, script
 
 CUDA = torch.device("cuda")
 ENOUGH = 2.0  # what a number on the device is taken for where the code asks for it
@@ -20,8 +20,15 @@ def fake(monkeypatch):
     """Tensors on a GPU that is not there. What they hold is not known, so each number that is asked for is ENOUGH."""
     for name in ("__float__", "item"):
         monkeypatch.setattr(torch.Tensor, name, lambda self: ENOUGH)
-    for name in ("__int__", "__bool__", "__index__"):
+    for name in ("__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self: 1)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: True)
+
+    def schedule(config):
+        return torch.empty(config.T, dtype=torch.float64), torch.empty(config.T, dtype=torch.float64)
+
+    for lesson in DIFFUSION:
+        monkeypatch.setattr(script(lesson, "sample"), "schedule", schedule)  # whose tables stay on the CPU
     with FakeTensorMode():
         yield
 
@@ -40,7 +47,8 @@ def a_network(lesson, channels=1, **changes):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape, device=CUDA))
-    assert network.sigmas.device.type == "cuda"
+    if lesson.name not in DIFFUSION:
+        assert network.sigmas.device.type == "cuda"
     return network, config
 
 
@@ -48,19 +56,29 @@ def noisy(channels=1):
     return torch.empty(4, channels, 28, 28, device=CUDA), torch.zeros(4, dtype=torch.long, device=CUDA)
 
 
-@pytest.mark.parametrize("changes", [{}, {"patch": 1, "blocks": 2, "activation": "elu", "skip": False}])
+def a_loss(lesson, network, x, t):
+    """The lesson's loss for images x, with noise."""
+    z = on_the_gpu(noise_like(x))
+    if lesson.name in DIFFUSION:
+        return lesson.loss.noise_prediction_loss(network, x, torch.empty(1000, dtype=torch.float64), t, z)
+    i = on_the_gpu(script(lesson.name).draw_noise_scales(4, network.sigmas, 1.0, None))
+    return lesson.loss.denoising_score_matching_loss(network, x, network.sigmas, i, z)
+
+
+PAPER = {"patch": 1, "blocks": 2, "activation": "elu", "skip": False}
+PAPERS = dict.fromkeys(DIFFUSION, {"patch": 1, "blocks": 2, "levels": 3, "dropout": 0.1})
+
+
+@pytest.mark.parametrize("papers", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_a_training_step(lesson, fake, changes, channels, optimizer, monkeypatch):
+def test_a_training_step(lesson, fake, papers, channels, optimizer, monkeypatch):
     monkeypatch.setattr("common.optimizer.bfloat16_speedup", lambda device: 2.0)
-    network, config = a_network(lesson, channels, **changes)
-    train_mnist, (x, _) = script(lesson.name), noisy(channels)
+    network, config = a_network(lesson, channels, **(PAPERS.get(lesson.name, PAPER) if papers else {}))
+    train_mnist = script(lesson.name)
     for parameter in network.parameters():
         on_the_gpu(parameter)
-    i = on_the_gpu(train_mnist.draw_noise_scales(4, network.sigmas, 1.0, None))
-    z = on_the_gpu(noise_like(x))
-    loss = on_the_gpu(lesson.loss.denoising_score_matching_loss(network, x, network.sigmas, i, z))
-    on_the_gpu(loss.mean())
+    on_the_gpu(on_the_gpu(a_loss(lesson, network, *noisy(channels))).mean())
     for parameter in network.parameters():  # autograd itself would ask the GPU
         parameter.grad = torch.empty_like(parameter)
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=False)
@@ -72,12 +90,14 @@ def test_a_training_step(lesson, fake, changes, channels, optimizer, monkeypatch
         train_mnist.update_ema(network, network, 1, 0.9)
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm")
 def test_each_sampler(lesson, fake, monkeypatch):
     module = script(lesson.name, "sample")
     if hasattr(module, "ancestral_eta"):
         monkeypatch.setattr(module, "ancestral_eta", lambda sigmas: 0.2)
+        monkeypatch.setattr(module, "step_size_for_all_scales", lambda sigmas, T: 0.1)
         monkeypatch.setattr(lesson.sampler, "smallest_eta", lambda sigmas: 0.1)
-    network, config = a_network(lesson)
+    network, config = a_network(lesson, T=7)
     batched = InBatches(network, "float32", batch_size=3)
     for sampler in module.SAMPLERS:
         frames = list(module.draw(batched, config, (4, 1, 28, 28), SeededNoise(range(4)), sampler, 7))
@@ -86,12 +106,22 @@ def test_each_sampler(lesson, fake, monkeypatch):
             on_the_gpu(frame)
 
 
-def test_inpainting_and_denoising(lesson, fake):
+def test_inpainting_and_denoising(lesson, fake, monkeypatch):
     module, (network, config), (x, _) = script(lesson.name, "sample"), a_network(lesson), noisy()
+    monkeypatch.setattr(module, "step_size_for_all_scales", lambda sigmas, T: 0.1, raising=False)
     known = torch.empty(1, 1, 28, 28, device=CUDA)
     on_the_gpu(module.fill_in(network, config, x, known, SeededNoise(range(4)), 7))
     for tensor in module.noise_and_guess(network, config, x, torch.empty_like(x), 2):
         on_the_gpu(tensor)
+
+
+@pytest.mark.lessons(*DIFFUSION)
+def test_samples_that_share_a_latent(lesson, fake):
+    """The lesson's other pictures need numbers that fake tensors do not have."""
+    network, config = a_network(lesson)
+    pairs = torch.empty(3, 2, 1, 28, 28, device=CUDA)
+    images, columns = script(lesson.name, "sample").share_latent(network, config, 3, 1, 4, pairs)
+    assert on_the_gpu(images).shape == (4 * 4, 1, 28, 28) and columns == 4
 
 
 def test_fake_tensors_find_what_is_on_two_devices(fake):
@@ -100,7 +130,10 @@ def test_fake_tensors_find_what_is_on_two_devices(fake):
 
 
 def test_no_tensor_of_the_device_becomes_float64(lesson, tmp_path, monkeypatch):
-    """MPS has no float64. Here the CPU is the device, and only what `.cpu()` returned may become float64."""
+    """MPS has no float64. Here the CPU is the device, and only what `.cpu()` returned may become float64.
+
+    What is made in float64, on the CPU, may stay it, but does not go to a device without a change.
+    """
     double, cpu, to, on_the_cpu = torch.Tensor.double, torch.Tensor.cpu, torch.Tensor.to, {}
 
     def remembered(self):
@@ -109,12 +142,13 @@ def test_no_tensor_of_the_device_becomes_float64(lesson, tmp_path, monkeypatch):
         return copy
 
     def refuse(self):
-        assert id(self) in on_the_cpu, "a tensor of the device becomes float64"
+        assert self.dtype == torch.float64 or id(self) in on_the_cpu, "a tensor of the device becomes float64"
         return double(self)
 
     def refuse_to(self, *arguments, **options):
-        assert torch.float64 not in (*arguments, *options.values()), "a tensor of the device becomes float64"
-        return to(self, *arguments, **options)
+        copy = to(self, *arguments, **options)
+        assert copy.dtype != torch.float64, "a tensor of the device becomes float64"
+        return copy
 
     monkeypatch.setattr(torch.Tensor, "cpu", remembered)
     monkeypatch.setattr(torch.Tensor, "double", refuse)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LESSONS
+from tests.conftest import PURE as PURE_MODULES
+
 ROOT = Path(__file__).resolve().parent.parent
 OLD, NEW = ROOT / "lesson_03_ncsn", ROOT / "lesson_04_ncsnv2"
 PURE = ("noise_scales.py", "score_network.py", "loss.py", "sampler.py")  # no script: what a person may import
@@ -18,6 +21,16 @@ CHANGED_LINES = {  # at most, and with a docstring of its own each file has
     "sampler.py": 25,
     "sample.py": 40,
     "train_mnist.py": 31,
+}
+FIVE, NINE = ROOT / "lesson_05_ddpm", ROOT / "lesson_09_improved_ddpm"
+CHANGED_LINES_OF_9 = {
+    "noise_schedule.py": 4,
+    "noise_network.py": 29,
+    "loss.py": 9,
+    "sampler.py": 24,
+    "likelihood.py": 28,
+    "sample.py": 15,
+    "train_mnist.py": 40,
 }
 FILES = tuple(CHANGED_LINES)
 
@@ -91,6 +104,13 @@ def test_a_file_changes_few_lines(file):
     assert changed_lines(text(OLD, file), text(NEW, file)) <= CHANGED_LINES[file]
 
 
+@pytest.mark.parametrize("file", CHANGED_LINES_OF_9)
+def test_lesson_9_changes_few_lines_of_lesson_5_and_keeps_its_names_and_their_order(file):
+    assert changed_lines(text(FIVE, file), text(NINE, file)) <= CHANGED_LINES_OF_9[file] <= 40
+    old, new = (list(definitions(text(folder, file))) for folder in (FIVE, NINE))
+    assert [name for name in new if name in old] == [name for name in old if name != "draw_timesteps"]
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_definitions_keep_their_names_and_order(file):
     old, new = list(definitions(text(OLD, file))), list(definitions(text(NEW, file)))
@@ -107,10 +127,12 @@ def test_arguments_keep_their_names_and_order(file):
             assert after == [arg for arg in before if arg in after], name
 
 
-def test_the_public_interface_is_the_same(lesson):
-    def arguments(function):
-        return list(inspect.signature(function).parameters)
+def arguments(function):
+    return list(inspect.signature(function).parameters)
 
+
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+def test_the_public_interface_is_the_same(lesson):
     network = lesson.score_network.ScoreNetwork
     assert arguments(lesson.noise_scales.geometric_noise_scales) == ["sigma_1", "sigma_L", "L"]
     assert arguments(network)[:3] == ["sigmas", "channels", "width"]
@@ -120,19 +142,73 @@ def test_the_public_interface_is_the_same(lesson):
     assert arguments(sampler) == ["score", "x", "sigmas", "T", "epsilon", "generator"]
 
 
+def defaults(function):
+    given = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in given if each.default is not inspect.Parameter.empty}
+
+
+@pytest.mark.lessons("lesson_09_improved_ddpm")
+def test_the_public_interface_of_lesson_9(lesson):
+    noise, loss = lesson.noise_schedule, lesson.loss
+    assert arguments(noise.cosine_betas) == ["T", "s"] and defaults(noise.cosine_betas) == {"s": 0.008}
+    assert arguments(noise.spaced_timesteps) == ["T", "K"]
+    assert arguments(noise.respaced_betas) == ["betas", "timesteps"]
+    assert arguments(loss.learned_log_variance) == ["v", "betas", "t"]
+    assert arguments(loss.variational_term) == ["network", "x_0", "betas", "t", "eps"]
+    assert arguments(loss.hybrid_loss) == ["network", "x_0", "betas", "t", "eps", "lambda_"]
+    assert defaults(loss.hybrid_loss) == {"lambda_": 0.001}
+    how = ["clip", "generator", "variance"]
+    assert arguments(lesson.sampler.ancestral_sampling) == ["network", "x", "betas", "timesteps", *how]
+    assert arguments(lesson.likelihood.bits_per_dim) == ["network", "x_0", "betas", "timesteps", *how]
+
+
+@pytest.mark.lessons("lesson_05_ddpm")
+def test_the_public_interface_of_lesson_5(lesson):
+    noise, network = lesson.noise_schedule, lesson.noise_network.NoiseNetwork
+    assert arguments(noise.linear_betas) == ["T", "beta_1", "beta_T"]
+    assert defaults(noise.linear_betas) == {"beta_1": 1e-4, "beta_T": 0.02}
+    assert arguments(noise.alpha_bars) == arguments(noise.posterior) == ["betas"]
+    assert arguments(network)[:2] == ["channels", "width"] and defaults(network)["channels"] == 1
+    assert arguments(network.forward) == ["self", "x_t", "t"]
+    assert arguments(lesson.loss.noise_prediction_loss) == ["network", "x_0", "alpha_bars", "t", "eps"]
+    how = {"variance": "small", "clip": True, "generator": None}
+    ancestral, bound, ddim = (
+        lesson.sampler.ancestral_sampling,
+        lesson.likelihood.bits_per_dim,
+        lesson.sampler.ddim_sampling,
+    )
+    assert arguments(ancestral) == ["network", "x", "betas", *how] and defaults(ancestral) == how
+    assert arguments(bound) == ["network", "x_0", "betas", *how] and defaults(bound) == how
+    how = {"eta": 0.0, "clip": True, "generator": None}
+    assert arguments(ddim) == ["network", "x", "alpha_bars", "timesteps", *how] and defaults(ddim) == how
+
+
 @pytest.mark.parametrize("file", PURE)
 def test_lesson_4_says_what_changed(file):
     if file != "loss.py":
         assert "Changes from lesson 3" in ast.get_docstring(ast.parse(text(NEW, file)))
 
 
-@pytest.mark.parametrize("folder", [OLD, NEW], ids=lambda folder: folder.name)
-def test_a_lesson_stands_alone(folder):
+@pytest.mark.parametrize("file", ["noise_network.py", "loss.py", "sampler.py", "train_mnist.py"])
+def test_lesson_5_says_what_changed(file):
+    assert "Changes from lesson 4" in ast.get_docstring(ast.parse(text(ROOT / "lesson_05_ddpm", file)))
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in CHANGED_LINES_OF_9 if file not in ("noise_schedule.py", "sample.py")]
+)
+def test_lesson_9_says_what_changed(file):
+    assert "Changes from lesson 5" in ast.get_docstring(ast.parse(text(NINE, file)))
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_stands_alone(name):
+    folder = ROOT / name
     allowed = {"torch", "einops", "common", *sys.stdlib_module_names}
     paths = sorted(folder.glob("*.py"))
-    assert len(paths) > len(PURE)
+    assert len([path for path in paths if path.stem in PURE_MODULES]) >= 4
     for path in paths:
         for module in imports(path.read_text()):
             top = module.split(".")[0]
             assert not top.startswith("lesson_") or top == folder.name, f"{path.name} imports {module}"
-            assert path.name not in PURE or top in allowed, f"{path.name} imports {module}"
+            assert path.stem not in PURE_MODULES or top in allowed, f"{path.name} imports {module}"

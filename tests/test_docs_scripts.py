@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from csv import reader
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from tests.running import ENVIRONMENT, ROOT
 sys.path.append(str(ROOT / "docs"))
 
 import figures
+import figures_ddpm
 import measure
 import techniques
 
 from common.errors import LessonError
+from lesson_09_improved_ddpm.noise_schedule import spaced_timesteps
+from tests import test_ddpm
 
 
 def run_script(name, *flags):
@@ -125,3 +129,37 @@ def test_techniques_that_cannot_run(tmp_path):
             ",".join(figures.TECHNIQUES_COLUMNS) + "\ntechnique_1,lesson 3,1,kept,0.9,8,1\n"
         )
         figures.eta(tmp_path / "a.png", tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("name, number", [("ddpm", "05"), ("improved_ddpm", "09")])
+def test_the_measurements_of_the_diffusion_models_run_and_go_on(name, number, tmp_path):
+    first = run_script(f"{name}.py", "--smoke", "--output", tmp_path)
+    assert first.returncode == 0, first.stderr
+    csv = tmp_path / f"{name}.csv"
+    lines = csv.read_text().splitlines()
+    assert lines[0] == ",".join(figures.TECHNIQUES_COLUMNS)
+    with csv.open(newline="") as text:
+        rows = [tuple(row[:4]) for row in reader(text)]
+    assert len(rows) == len(set(rows)) > 20
+    for figure in {"05": ("calls", "loss"), "09": ("calls", "v")}[number]:
+        make = figures_ddpm.FIGURES[f"lesson_{number}_{figure}"]
+        make(tmp_path / "figure.png", csv)
+        assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    again = run_script(f"{name}.py", "--smoke", "--output", tmp_path)
+    assert again.returncode == 0 and csv.read_text().splitlines() == lines
+
+
+def test_the_variance_that_few_steps_leave():
+    """The figures' recursion against the tests' own, for the fixed variances; the true one is right with any number."""
+    for K in (10, 100):
+        for variance in ("small", "large"):
+            kept = torch.cat([torch.ones(1, dtype=torch.float64), test_ddpm.ABARS[spaced_timesteps(1000, K)]])
+            _, expected = test_ddpm.chain_of(0.3, 0.5, 1 - kept[1:] / kept[:-1], variance)
+            assert figures_ddpm.variance_left(K, variance) == pytest.approx(expected, rel=1e-9)
+        assert figures_ddpm.variance_left(K, "true") == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lesson_05_forward", "lesson_09_schedules"])
+def test_figures_of_the_diffusion_models(name, tmp_path):
+    figures_ddpm.FIGURES[name](tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -15,7 +15,7 @@ import common.bench
 import common.cli
 import common.evaluate
 from common.noise import SeededNoise
-from tests.running import ENVIRONMENT, ROOT, Result, quick, script
+from tests.running import DIFFUSION, ENVIRONMENT, ROOT, Result, quick, script, some_pictures
 
 
 @pytest.fixture
@@ -46,7 +46,9 @@ def evaluate(monkeypatch):
 @pytest.fixture(scope="module")
 def short(lesson, tmp_path_factory):
     folder = tmp_path_factory.mktemp(lesson.name)
-    assert quick(lesson.name, "--T", 20, "--output", folder).status == 0  # more than lesson 3 takes for a quick look
+    flags = ("--no-clip-x-0",) if lesson.name in DIFFUSION else ()  # or no sample would leave [0, 1]
+    T = 2 if lesson.name == "lesson_04_ncsnv2" else 20  # more than lesson 3 takes for a quick look
+    assert quick(lesson.name, "--T", T, *flags, "--output", folder).status == 0
     return folder / "checkpoint.pt"
 
 
@@ -55,22 +57,26 @@ def test_samples_of_a_checkpoint_are_the_papers_and_those_of_the_seed(lesson, sh
     result, (given,) = evaluate(short, "--num", 5, "--seed", 7, "--save", tmp_path / "s.pt")
     assert result.status == 0 and result.stdout.endswith("the report\n")
     checkpoint = torch.load(short, weights_only=True)
-    T, L = checkpoint["config"]["T"], len(checkpoint["network"]["sigmas"])
-    calls = T * L if lesson.name == "lesson_03_ncsn" else T * L + 1
-    assert f"{lesson.name}, step 5, langevin, {calls} network calls, float32\n" in result.stdout
+    if lesson.name in DIFFUSION:
+        sampler, calls = "ancestral", 20
+    else:
+        L = len(checkpoint["network"]["sigmas"])
+        sampler, calls = "langevin", 20 * L if lesson.name == "lesson_03_ncsn" else 2 * L + 1
+    assert f"{lesson.name}, step 5, {sampler}, {calls} network calls, float32\n" in result.stdout
     saved = torch.load(tmp_path / "s.pt", weights_only=True)
     assert saved.shape == (5, 1, 28, 28) and torch.equal(saved.clamp(0, 1), given) and saved.min() < 0
     sample = script(lesson.name, "sample")
     network, config, _ = common.evaluate.load_network(sample, short, torch.device("cpu"))
     noise = SeededNoise(range(8, 10))
-    *_, expected = sample.draw(network, config, (2, 1, 28, 28), noise, "langevin", calls)
+    *_, expected = sample.draw(network, config, (2, 1, 28, 28), noise, sampler, calls)
     torch.testing.assert_close(saved[1:3], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_calls_and_sampler(lesson, short, evaluate):
+    calls = 19 if lesson.name in DIFFUSION else 50
     for sampler in script(lesson.name, "sample").SAMPLERS:
-        result, _ = evaluate(short, "--num", 4, "--sampler", sampler, "--calls", 50)
-        assert f"{sampler}, 50 network calls" in result.stdout and result.status == 0
+        result, _ = evaluate(short, "--num", 4, "--sampler", sampler, "--calls", calls)
+        assert f"{sampler}, {calls} network calls" in result.stdout and result.status == 0
     result, _ = evaluate(short, "--sampler", "euler")
     assert result.status == 1 and "--sampler euler: choose one of " in result.stderr
 
@@ -134,13 +140,14 @@ def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
 
     sample = script(lesson.name, "sample")
     monkeypatch.setattr(common.bench, "load_lesson", lambda name: sample)
+    monkeypatch.setattr("common.run.load_pictures", some_pictures)
     monkeypatch.setitem(sys.modules, "train_mnist", module)
     monkeypatch.setattr(module, "Optimizer", Optimizer)
     monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
     monkeypatch.setattr(sys, "argv", ["bench", lesson.name, "--rounds", "2", "--smoke"])
     common.bench.main()
     out = capsys.readouterr().out
-    T = module.PRESETS["smoke"]["T"]
+    T = 1 if lesson.name in DIFFUSION else module.PRESETS["smoke"]["T"]  # calls for the first frame
     for precision in ("float32", "bfloat16"):
         assert re.search(rf"^smoke, {precision} +64\.0 +{64 * T}\.0$", out, re.MULTILINE), out
     assert len(steps) == 2 * 2 * 5 and out.startswith(f"{lesson.name}, ")

@@ -150,7 +150,7 @@ def test_loss_plot_draws_means_bands_and_the_reference(tmp_path, monkeypatch):
     a, b, reference = right.lines
     np.testing.assert_allclose(a.get_ydata(), 2)
     np.testing.assert_allclose(b.get_ydata(), 0.5)
-    assert [line.get_label() for line in right.lines] == ["a", "b", "network that returns zero: D/2"]
+    assert [line.get_label() for line in right.lines] == ["a", "b", "network that returns zero"]
     assert list(reference.get_ydata()) == [50, 50]
     assert reference.get_linestyle() == "--"
     assert left.get_yscale() == right.get_yscale() == "log"

@@ -5,6 +5,8 @@ import torch
 
 from lesson_03_ncsn.noise_scales import geometric_noise_scales
 
+pytestmark = pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+
 SIGMAS = geometric_noise_scales(1, 0.01, 10)
 
 

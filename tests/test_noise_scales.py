@@ -15,6 +15,8 @@ from lesson_04_ncsnv2.noise_scales import (
     number_of_noise_scales,
 )
 
+pytestmark = pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+
 # The ladder
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from common import ranks
-from tests.running import ENVIRONMENT, ROOT, hashes, quick, read_checkpoint, run_here, some_images
+from tests.running import ENVIRONMENT, FEW_SCALES, ROOT, hashes, quick, read_checkpoint, run_here, some_images
 from tests.test_train import files_of_a_run, wait_until
 
 FLAGS = ("--smoke", "--device", "cpu", "--precision", "float32", "--optimizer", "adam", "--preview-every", 50)
@@ -41,7 +41,7 @@ def lines_of_ours(text):
 def two(lesson, pictures, tmp_path_factory):
     """(folder, what was printed) of four steps in two processes."""
     folder = tmp_path_factory.mktemp(lesson.name)
-    flags = (*FLAGS, *pictures, "--steps", 4, "--output", folder)
+    flags = (*FLAGS, *FEW_SCALES[lesson.name], *pictures, "--steps", 4, "--output", folder)
     done = subprocess.run(**torchrun(lesson.name, *flags), capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -69,7 +69,8 @@ def assert_same_run(a, b):
 
 def test_two_processes_make_the_run_of_one(lesson, two, pictures, tmp_path):
     """Up to the order of sums; the log has the losses of all images, in the order of one process."""
-    assert run_here(lesson.name, *FLAGS, *pictures, "--steps", 4, "--output", tmp_path).status == 0
+    flags = (*FLAGS, *FEW_SCALES[lesson.name], *pictures)
+    assert run_here(lesson.name, *flags, "--steps", 4, "--output", tmp_path).status == 0
     assert_same_run(read_checkpoint(two[0]), read_checkpoint(tmp_path))
 
 
@@ -82,7 +83,8 @@ def test_only_the_first_process_prints_and_writes(lesson, two):
 
 
 def test_one_process_goes_on_with_the_run_of_two(lesson, two, pictures, tmp_path):
-    assert run_here(lesson.name, *FLAGS, *pictures, "--steps", 6, "--output", tmp_path).status == 0
+    flags = (*FLAGS, *FEW_SCALES[lesson.name], *pictures)
+    assert run_here(lesson.name, *flags, "--steps", 6, "--output", tmp_path).status == 0
     resumed = run_here(lesson.name, "--resume", "--steps", 6, "--output", two[0])
     assert resumed.status == 0, resumed.stderr
     assert read_checkpoint(two[0])["step"] == 6

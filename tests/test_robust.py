@@ -25,10 +25,15 @@ from common.errors import LessonError
 from common.files import Claim
 from common.images import some_frames
 from lesson_04_ncsnv2.noise_scales import largest_pairwise_distance
-from tests.running import ENVIRONMENT, ROOT, hashes, quick, read_checkpoint, run_here, script
+from tests.running import DIFFUSION, ENVIRONMENT, FEW_SCALES, ROOT, hashes, quick, read_checkpoint, run_here, script
 from tests.test_train import draw_with_signal, files_of_a_run
 
-FEW = {"lesson_03_ncsn": ("--calls", 10), "lesson_04_ncsnv2": ("--calls", 60)}
+FEW = {
+    "lesson_03_ncsn": ("--calls", 10),
+    "lesson_04_ncsnv2": ("--calls", 60),
+    "lesson_05_ddpm": ("--calls", 4),
+    "lesson_09_improved_ddpm": ("--calls", 4),
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,18 @@ def trained(lesson, pictures, tmp_path_factory):
 @pytest.mark.parametrize("verb", ["nearest", "inpaint left", "denoise", "interpolate"])
 @pytest.mark.parametrize("num", [12, 40])
 def test_verbs_on_fewer_pictures_than_asked_for(lesson, trained, tmp_path, verb, num):
+    check_verb(lesson, trained, tmp_path, verb, num)
+
+
+@pytest.mark.lessons(*DIFFUSION)
+@pytest.mark.parametrize("verb", ["progress", "share-latent", "interpolate-images"])
+@pytest.mark.parametrize("num", [3, 12])
+def test_the_papers_pictures_on_fewer_pictures_than_asked_for(lesson, trained, tmp_path, verb, num):
+    """Of nine there are four pairs."""
+    check_verb(lesson, trained, tmp_path, verb, num)
+
+
+def check_verb(lesson, trained, tmp_path, verb, num):
     flags = ("--checkpoint", trained, "--num", num, *f"--{verb}".split(), "--output", tmp_path / "x.png")
     calls = () if verb == "denoise" else FEW[lesson.name]
     result = run_here(lesson.name, *flags, *calls, name="sample")
@@ -128,6 +145,7 @@ def test_pictures_are_found_from_another_folder_and_can_be_named_anew(lesson, pi
     assert run_here(lesson.name, *flags, "--images", tmp_path / "moved", name="sample").status == 0
 
 
+@pytest.mark.lessons("lesson_05_ddpm")  # one is enough: common/ finds them
 def test_a_lesson_in_another_folder_knows_its_own_weights(lesson, tmp_path):
     shutil.copytree(ROOT / lesson.name, tmp_path / "my copy", ignore=shutil.ignore_patterns("output"))
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("mnist"))
@@ -254,13 +272,14 @@ def test_home_is_not_a_folder_named_tilde(monkeypatch, tmp_path):
     assert config.output == str(tmp_path / "run") and config.images == str(tmp_path / "pictures")
 
 
-def start_oddly(lesson, arguments, pictures, folder, more=(), **environment):
+def start_oddly(lesson, arguments, pictures, folder, **environment):
     """A short training in a process of its own."""
-    flags = ("--smoke", "--steps", 2, "--device", "cpu", "--precision", "float32", *on(pictures), "--output", folder)
-    words = [sys.executable, *arguments, *flags, *more]
+    flags = ("--smoke", "--steps", 2, "--device", "cpu", "--precision", "float32", *FEW_SCALES[lesson.name])
+    words = [sys.executable, *arguments, *flags, *on(pictures), "--output", folder]
     return {"args": list(map(str, words)), "env": {**ENVIRONMENT, **environment}}
 
 
+@pytest.mark.lessons("lesson_05_ddpm")  # one is enough: the interpreter compiles all of torch anew
 def test_no_docstrings_a_safe_path_and_a_terminal_that_knows_no_umlauts(lesson, pictures, tmp_path):
     environment = {"PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     folder = tmp_path / "Übung 1"
@@ -311,6 +330,7 @@ def test_ctrl_c_while_a_run_starts_is_a_line(lesson, tmp_path, monkeypatch):
 def test_ctrl_c_in_sampling_is_a_line_within_two_seconds(tmp_path):
     command = [sys.executable, "sample.py", "--calls", "100000", "--checkpoint", "pretrained.pt", "--output"]
     how = {"cwd": ROOT / "lesson_03_ncsn", "env": ENVIRONMENT, "text": True, "stderr": subprocess.PIPE}
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
     with subprocess.Popen([*command, str(tmp_path / "x.png")], **how) as process:
         assert "calls" in process.stderr.readline()  # the bar has begun
         time.sleep(0.5)

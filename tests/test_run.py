@@ -55,12 +55,12 @@ def test_overwrite_waits_until_the_new_run_has_taken_a_step(lesson, tmp_path, fl
 
 def test_a_new_run_from_the_numbers_of_an_earlier_one(lesson, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert quick(lesson.name, "--seed", 4, "--sigma-L", 0.9, "--output", first).status == 0
+    assert quick(lesson.name, "--seed", 4, "--clip", 0.3, "--output", first).status == 0
     before = hashes(first)
     result = run_here(lesson.name, "--config", first / "config.json", "--steps", 3, "--output", second)
     assert result.status == 0, result.stderr
     a, b = (json.loads((folder / "config.json").read_text()) for folder in (first, second))
-    assert b == {**a, "steps": 3, "output": str(second)} and a["seed"] == 4 and a["sigma_L"] == 0.9
+    assert b == {**a, "steps": 3, "output": str(second)} and a["seed"] == 4 and a["clip"] == 0.3
     assert hashes(first) == before
 
 

@@ -23,10 +23,16 @@ from common.play import read_mask
 from lesson_04_ncsnv2.noise_scales import geometric_noise_scales
 from lesson_04_ncsnv2.sampler import denoise
 from lesson_04_ncsnv2.unconditional import noise_after_langevin
-from tests.running import ENVIRONMENT, ROOT, run_here, script
+from tests.conftest import LESSONS
+from tests.running import DIFFUSION, ENVIRONMENT, ROOT, quick, run_here, script, some_pictures
 
-FEW = {"lesson_03_ncsn": 10, "lesson_04_ncsnv2": 9}  # network calls, too few for digits
-FEW_LANGEVIN = {"lesson_03_ncsn": 10, "lesson_04_ncsnv2": 97}
+FEW = {  # network calls, too few for digits
+    "lesson_03_ncsn": 10,
+    "lesson_04_ncsnv2": 9,
+    "lesson_05_ddpm": 8,
+    "lesson_09_improved_ddpm": 8,
+}
+FEW_LANGEVIN = {**FEW, "lesson_04_ncsnv2": 97}
 
 
 def sample(lesson, *flags, few=FEW):
@@ -81,7 +87,7 @@ def test_the_shipped_checkpoint_is_small_and_made_by_the_defaults(lesson):
     assert found["step"] == config.steps and "python train_mnist.py" in found["made"]
     assert not set(found) & {"optimizer", "log", "generator"}
     weights = found["ema"] if "ema" in found else found["network"]
-    assert weights["sigmas"].dtype == torch.float32
+    assert "sigmas" not in weights or weights["sigmas"].dtype == torch.float32
     assert {w.dtype for w in weights.values() if w.ndim > 1} == {torch.float16}
 
 
@@ -108,16 +114,22 @@ def test_ones_own_checkpoint_comes_first(lesson, tmp_path, monkeypatch):
 
 def test_info(lesson):
     text = done(sample(lesson.name, "--info"))
-    network = shipped(lesson)[0]
+    network, config, checkpoint = shipped(lesson)
     assert f"{sum(p.numel() for p in network.parameters()):,}" in text
-    assert f"{lesson.name}, step {script(lesson.name).Config().steps}" in text
-    assert f"noise       {len(network.sigmas)} levels:\n" in text
-    printed = [float(word) for word in re.findall(r"sigma (\S+)", text.partition("levels:")[2])]
-    assert printed == [float(f"{sigma:.4g}") for sigma in network.sigmas.tolist()]
+    assert f"{lesson.name}, step {checkpoint['step']}\n" in text
+    if lesson.name in DIFFUSION:  # some of so many
+        assert "noise       1000 levels, among them:\n" in text
+        printed = [int(word) for word in re.findall(r"t (\d+)", text.partition("among them:")[2])]
+        assert printed == torch.linspace(1000, 1, 30).round().int().tolist()
+    else:
+        assert f"noise       {len(network.sigmas)} levels:\n" in text
+        printed = [float(word) for word in re.findall(r"sigma (\S+)", text.partition("levels:")[2])]
+        assert printed == [float(f"{sigma:.4g}") for sigma in network.sigmas.tolist()]
     for name in ("width", "batch_size", "learning_rate"):
-        assert re.search(rf"{name} +{getattr(script(lesson.name).Config(), name)}\n", text)
+        assert re.search(rf"{name} +{getattr(config, name)}\n", text)
 
 
+@pytest.mark.lessons("lesson_05_ddpm")  # one is enough: it is common/ that prints
 def test_info_may_be_read_in_part(lesson):
     """`python sample.py --info | head -1`: the reader is gone before the rest is printed."""
     command = [sys.executable, "-u", "sample.py", "--info", "--checkpoint", "pretrained.pt"]
@@ -154,9 +166,10 @@ def test_more_images_than_are_drawn_at_once(lesson, tmp_path, monkeypatch):
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-3)
 
 
-def test_the_shipped_network_draws_digits(tmp_path):
+@pytest.mark.parametrize("name, calls", [("lesson_04_ncsnv2", 97), ("lesson_05_ddpm", 50)])
+def test_the_shipped_network_draws_digits(name, calls, tmp_path):
     """Not the judge's number, which needs a thousand: ink on a black background, in the middle of the picture."""
-    done(sample("lesson_04_ncsnv2", "--num", 16, "--calls", 97, "--save-tensor", tmp_path / "a", "--output",
+    done(sample(name, "--num", 16, "--calls", calls, "--save-tensor", tmp_path / "a", "--output",
                 tmp_path / "a.png"))  # fmt: skip
     images, digits = torch.load(tmp_path / "a", weights_only=True), common.data.load_images("mnist")[:1000] / 255
     for statistic in (torch.mean, torch.std):
@@ -167,7 +180,7 @@ def test_the_shipped_network_draws_digits(tmp_path):
 def test_gif_and_strip(lesson, tmp_path):
     flags = ("--num", 64, "--gif", tmp_path / "a.gif", "--strip", tmp_path / "s.png", "--output", tmp_path / "a.png")
     done(sample(lesson.name, *flags))
-    frames = FEW[lesson.name] if lesson.name == "lesson_04_ncsnv2" else 10
+    frames = FEW[lesson.name]
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == frames and gif.info["loop"] == 0
     assert (tmp_path / "a.gif").stat().st_size < 2_000_000
@@ -176,21 +189,25 @@ def test_gif_and_strip(lesson, tmp_path):
 
 
 class Counting:
-    """A score of zero with a lesson's noise scales, that counts its calls and remembers where it was asked first."""
+    """A score, or noise, of zero, that counts its calls and remembers where it was asked first."""
 
-    def __init__(self, sigmas):
-        self.sigmas, self.calls, self.levels, self.first = sigmas, 0, [], None
+    def __init__(self, sigmas=None, outputs=1):
+        self.sigmas, self.outputs, self.calls, self.levels, self.first = sigmas, outputs, 0, [], None
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
 
     def __call__(self, x, i):
         self.calls, self.first = self.calls + 1, x if self.first is None else self.first
         self.levels.append(int(i[0]))
-        return torch.zeros_like(x)
+        return torch.zeros_like(x) if self.outputs == 1 else (torch.zeros_like(x),) * self.outputs
 
 
 def counted(lesson, sampler, calls=None, **config):
     """The score after one use of the lesson's `draw`, and the frames."""
     module, (network, trained, _) = script(lesson.name, "sample"), shipped(lesson)
-    score, trained = Counting(network.sigmas), SimpleNamespace(**{**vars(trained), **config})
+    score = Counting(getattr(network, "sigmas", None), outputs=2 if lesson.name == "lesson_09_improved_ddpm" else 1)
+    trained = SimpleNamespace(**{**vars(trained), **config})
     calls = calls or module.number_of_calls(network, trained, sampler)
     return score, list(module.draw(score, trained, (50, 1, 8, 8), SeededNoise(range(50)), sampler, calls))
 
@@ -198,27 +215,36 @@ def counted(lesson, sampler, calls=None, **config):
 def test_calls_decide_how_often_the_network_is_called(lesson):
     if lesson.name == "lesson_03_ncsn":
         assert [counted(lesson, "langevin", n)[0].calls for n in (10, 25)] == [10, 20]
+    elif lesson.name in DIFFUSION:
+        for sampler in ("ddim", "ancestral"):
+            for n in (2, 7, 39, 40):  # of 40
+                score, frames = counted(lesson, sampler, n, T=40)
+                assert score.calls == len(frames) == n and all(frame.shape == (50, 1, 8, 8) for frame in frames)
     else:
         assert [counted(lesson, "langevin", n)[0].calls for n in (97, 200)] == [97, 193]
         assert [counted(lesson, "consistent", n)[0].calls for n in (3, 20, 97, 200)] == [3, 20, 97, 193]
 
 
 def assert_start(lesson, score):
-    """Lesson 3 starts from uniform noise in [0, 1], as the paper; lesson 4 from noise of the largest scale."""
+    """Lesson 3: uniform noise in [0, 1], as in the paper. Lesson 4: noise of the largest scale. Lesson 5: N(0, 1)."""
     if lesson.name == "lesson_03_ncsn":
         assert 0 <= score.first.min() < 0.01 and 0.99 < score.first.max() <= 1
         assert float(score.first.std()) == pytest.approx(12**-0.5, rel=0.05)
     else:
-        assert float(score.first.std()) == pytest.approx(float(score.sigmas[0]), rel=0.05)
+        scale = 1 if lesson.name in DIFFUSION else float(score.sigmas[0])
+        assert float(score.first.std()) == pytest.approx(scale, rel=0.05)
+        assert abs(float(score.first.mean())) < 0.05 * scale
 
 
 def test_samples_start_from_what_the_first_step_expects(lesson):
     for sampler in script(lesson.name, "sample").SAMPLERS:
         score, _ = counted(lesson, sampler)
         assert_start(lesson, score)
-        assert score.levels[0] == 0 and score.levels[-1] == len(score.sigmas) - 1
+        first, last = (999, 0) if lesson.name in DIFFUSION else (0, len(score.sigmas) - 1)
+        assert score.levels[0] == first and score.levels[-1] == last
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
 def test_the_noise_that_a_sampler_adds_has_the_size_of_the_step_that_was_asked_for(lesson):
     """With a score of zero, x is the start and the sum of all noise: the variances of Algorithm 1, added up."""
     score, frames = counted(lesson, "langevin", 4 * len(shipped(lesson)[0].sigmas) + 1)
@@ -244,6 +270,11 @@ def test_few_calls_take_some_of_the_noise_scales_evenly_chosen():
     assert score.levels == [0, round((L - 1) / 3), round(2 * (L - 1) / 3), L - 1, L - 1] and len(frames) == 5
 
 
+def test_few_calls_take_some_of_the_timesteps_evenly_chosen():
+    for sampler in ("ddim", "ancestral"):
+        assert counted(SimpleNamespace(name="lesson_05_ddpm"), sampler, 5)[0].levels == [999, 749, 500, 250, 0]
+
+
 def test_a_consistent_step_goes_halfway_from_ddpms_to_the_guess_and_refills_the_noise():
     """With a score of zero the step adds only noise: what is missing of sigma_2 after (1 - eta) sigma_1.
 
@@ -257,12 +288,17 @@ def test_a_consistent_step_goes_halfway_from_ddpms_to_the_guess_and_refills_the_
 
 def test_completions_start_as_samples_do_and_in_lesson_4_end_with_the_denoising_step(lesson):
     module, (network, config, _) = script(lesson.name, "sample"), shipped(lesson)
-    y, known, L = torch.rand(30, 1, 8, 8), torch.zeros(1, 1, 8, 8), len(network.sigmas)
+    y, known = torch.rand(30, 1, 8, 8), torch.zeros(1, 1, 8, 8)
     known[..., :4] = 1
-    score = Counting(network.sigmas)
-    made = module.fill_in(score, config, y, known, SeededNoise(range(30)), 2 * L + 1)
+    score = Counting(getattr(network, "sigmas", None))
+    L = 0 if score.sigmas is None else len(score.sigmas)
+    made = module.fill_in(score, config, y, known, SeededNoise(range(30)), 2 * L + 1 if L else 5)
     assert_start(lesson, score)
-    assert torch.equal(made[..., :4], y[..., :4]) and not torch.equal(made[..., 4:], y[..., 4:])
+    torch.testing.assert_close(made[..., :4], y[..., :4], rtol=0, atol=1e-6 if lesson.name in DIFFUSION else 0)
+    assert not torch.equal(made[..., 4:], y[..., 4:])
+    if lesson.name in DIFFUSION:
+        assert score.levels == [999, 749, 500, 250, 0]
+        return
     assert score.levels[: 2 * L] == [n for n in range(L) for _ in range(2)]
     assert score.levels[2 * L :] == ([L - 1] if lesson.name == "lesson_04_ncsnv2" else [])
 
@@ -277,8 +313,16 @@ def test_fewer_langevin_steps_are_as_much_longer():
 
 
 def test_the_default_number_of_calls(tmp_path):
-    """Of lesson 3: 15 steps at each of 10 noise scales. Of lesson 4: one at each of 96, and one to denoise."""
-    for lesson, calls in (("lesson_03_ncsn", 150), ("lesson_04_ncsnv2", 97)):
+    """Of lesson 3: 15 steps at each of 10 noise scales. Of lesson 4: one at each of 96, and one to denoise.
+
+    Of lesson 5: 50 by DDIM, 100 by the paper's sampler, and never more than T.
+    """
+    number_of_calls = script("lesson_05_ddpm", "sample").number_of_calls
+    for T, expected in ((1000, (50, 100, 1000)), (70, (50, 70, 70)), (4, (4, 4, 4))):
+        config = SimpleNamespace(T=T)
+        found = [number_of_calls(None, config, sampler) for sampler in ("ddim", "ancestral")]
+        assert (*found, number_of_calls(None, config, "ancestral", quick=False)) == expected
+    for lesson, calls in (("lesson_03_ncsn", 150), ("lesson_04_ncsnv2", 97), ("lesson_05_ddpm", 50)):
         flags = ("--checkpoint", ROOT / lesson / "pretrained.pt", "--num", 1, "--precision", "float32")
         assert f"/{calls}" in run_here(lesson, *flags, "--output", tmp_path / "x.png", name="sample").stderr
 
@@ -354,6 +398,18 @@ def test_nearest(lesson, tmp_path):
         assert picture.width > 300 and picture.height > 300
 
 
+def scales_in_pictures(lesson):
+    """How much noise a picture in [0, 1] has, compared with its ink, at each noise level from the noisiest on: (L,)."""
+    network, config, _ = shipped(lesson)
+    if lesson.name not in DIFFUSION:
+        return network.sigmas
+    if lesson.name == "lesson_05_ddpm":
+        abars = (1 - torch.linspace(config.beta_1, config.beta_T, config.T)).cumprod(0)
+    else:  # the last of 1000 is cut, and near to zero in any case
+        abars = torch.cos((torch.arange(1, config.T + 1) / config.T + 0.008) / 1.008 * math.pi / 2).square() / 0.99984
+    return ((1 - abars) / abars).sqrt().flip(0) / 2  # of pixels in [-1, 1], which are twice as far apart
+
+
 def test_denoise(lesson, tmp_path):
     """What the network believes is nearer to the digit than the noisy picture is, at every scale."""
     done(sample(lesson.name, "--denoise", "--num", 2, "--output", tmp_path / "d.png", "--save-tensor", tmp_path / "d"))
@@ -361,9 +417,10 @@ def test_denoise(lesson, tmp_path):
     digits = torch.from_numpy(tiles(tmp_path / "f.png", 8)[:, :1]) / 255  # the same test digits
     guesses = torch.load(tmp_path / "d", weights_only=True).view(8, 2, 28, 28)
     errors = (guesses - digits[:, 0]).square().mean((1, 2, 3)).sqrt()
-    sigmas = shipped(lesson)[0].sigmas
+    sigmas = scales_in_pictures(lesson)
     some = torch.linspace(0, len(sigmas) - 1, 8).round().long().flip(0)
     assert (errors < sigmas[some]).all()  # sigma is how far the noisy picture is away
+    assert errors[0] < 0.02 and errors[-1] > 0.1  # at the last one a digit can only be guessed
 
 
 def test_denoise_a_picture_of_ones_own(lesson, tmp_path):
@@ -373,6 +430,7 @@ def test_denoise_a_picture_of_ones_own(lesson, tmp_path):
     assert torch.load(tmp_path / "d", weights_only=True)[0].abs().max() < 0.1  # black, at the smallest noise scale
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
 def test_denoise_is_tweedies_formula_at_the_last_scale(lesson):
     sigmas, x = geometric_noise_scales(3, 0.5, 4), torch.randn(2, 1, 4, 4)
     i = torch.tensor([0, 3])
@@ -382,6 +440,7 @@ def test_denoise_is_tweedies_formula_at_the_last_scale(lesson):
     torch.testing.assert_close(denoise(lambda x, i: -x, x, sigmas), x * 0.75)
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
 def test_algorithm_2_draws_the_unknown_given_the_known(lesson):
     """Two pixels with covariance 0.8 and, at the last scale, noise 0.3: the second one given the first, noisy y."""
     sigmas = geometric_noise_scales(4, 0.3, 8)
@@ -399,6 +458,105 @@ def test_algorithm_2_draws_the_unknown_given_the_known(lesson):
     assert second.var() == pytest.approx(1.09 - 0.8 * slope + slope**2 * 0.09, rel=0.1)
 
 
+# What only lesson 5 has: the paper's pictures, and choices of the sampler
+
+
+def pixels_of(path):
+    """What --save-tensor wrote, as uint8 (N, 28, 28)."""
+    return (torch.load(path, weights_only=True)[:, 0].clamp(0, 1) * 255).round().byte().numpy()
+
+
+def difference(a, b):
+    """Of grey levels: the largest."""
+    return int(np.abs(a.astype(int) - b).max())
+
+
+def test_progress_ends_with_the_samples(tmp_path):
+    """Ten of twelve guesses of the clean image; the last one is the sample, and they come ever nearer to it."""
+    flags = ("--calls", 12, "--num", 3, "--output", tmp_path / "p.png", "--save-tensor")
+    done(sample("lesson_05_ddpm", "--progress", *flags, tmp_path / "p"))
+    done(sample("lesson_05_ddpm", "--sampler", "ancestral", "--variance", "small", *flags, tmp_path / "a"))
+    guesses, samples = pixels_of(tmp_path / "p").reshape(3, 10, 28, 28), pixels_of(tmp_path / "a")
+    assert difference(guesses[:, -1], samples) <= 1
+    away = np.square(guesses.astype(float) - samples[:, None]).mean((0, 2, 3))
+    assert away[0] > 3 * away[4] > 9 * away[7] > 0
+
+
+def test_progress_has_a_row_for_each_sample(tmp_path):
+    done(sample("lesson_05_ddpm", "--progress", "--calls", 10, "--output", tmp_path / "p.png"))
+    assert tiles(tmp_path / "p.png", 10).shape == (8, 10, 28, 28)
+
+
+def test_samples_that_share_a_latent_are_the_more_alike_the_later_they_part(tmp_path):
+    """Figure 7: a row for each t, with x_t itself, as it is on the way to a sample, and eight samples from it."""
+    path = tmp_path / "s"
+    done(sample("lesson_05_ddpm", "--share-latent", "--calls", 12, "--seed", 3, "--save-tensor", path,
+                "--output", tmp_path / "s.png"))  # fmt: skip
+    rows = torch.load(path, weights_only=True).view(4, 9, 28, 28)
+    assert np.array_equal(tiles(tmp_path / "s.png", 9).reshape(-1, 28, 28), pixels_of(path))
+    spread = rows[:, 1:].std(dim=1).square().mean((1, 2)).sqrt()
+    assert (spread.diff() < 0).all() and spread[3] < 0.6 * spread[0] and spread[3] > 0
+    noise = SeededNoise([3])
+    module, (network, config, _) = script("lesson_05_ddpm", "sample"), shipped(SimpleNamespace(name="lesson_05_ddpm"))
+    torch.testing.assert_close(rows[0, 0], (SeededNoise([3]).like(torch.empty(1, 1, 28, 28))[0, 0] + 1) / 2)
+    on_the_way = list(module.draw(network, config, (1, 1, 28, 28), noise, "ancestral", 12))
+    for row, steps in zip(rows[1:], (3, 6, 9), strict=True):  # of 12
+        torch.testing.assert_close(row[0], on_the_way[steps - 1][0, 0], rtol=0, atol=1e-3)
+
+
+def test_share_latent_has_as_many_samples_as_asked_for(tmp_path):
+    done(sample("lesson_05_ddpm", "--share-latent", "--num", 2, "--output", tmp_path / "s.png"))
+    assert len(tiles(tmp_path / "s.png", 3)) == 4
+
+
+def test_interpolate_images_goes_from_one_test_digit_to_another(tmp_path):
+    path = tmp_path / "i.png"
+    done(sample("lesson_05_ddpm", "--interpolate-images", "--num", 3, "--calls", 20, "--output", path))
+    rows = tiles(path, 10)
+    test_digits = {image.numpy().tobytes() for image in common.data.load_images("mnist", "test")}
+    assert len(rows) == 3
+    for row in rows:
+        known = [picture.tobytes() in test_digits for picture in row]
+        assert known == [True, *[False] * 8, True] and not np.array_equal(row[0], row[-1])
+        ends = row[[0, -1]].astype(float)
+        for picture, near, far in ((row[1], *ends), (row[-2], *ends[::-1])):
+            assert np.abs(picture - near).mean() < np.abs(picture - far).mean()
+
+
+def test_both_images_of_an_interpolation_get_the_same_noise_of_half_of_the_steps():
+    """As the network is first asked: mixtures, of which each is one more seventh of the way, at t = T/2."""
+    module, (_, config, _) = script("lesson_05_ddpm", "sample"), shipped(SimpleNamespace(name="lesson_05_ddpm"))
+    x, network = torch.rand(2, 2, 1, 28, 28), Counting()
+    images, columns = module.interpolate_images(network, config, 2, 3, 1000, x)
+    abar = (1 - torch.linspace(config.beta_1, config.beta_T, config.T)).cumprod(0)[500]
+    share = (torch.arange(8) / 7)[None, :, None, None, None]
+    mixed = 2 * ((1 - share) * x[:, :1] + share * x[:, 1:]) - 1
+    z = (network.first.view(2, 8, 1, 28, 28) - abar.sqrt() * mixed) / (1 - abar).sqrt()
+    torch.testing.assert_close(z, z[:, :1].expand_as(z), rtol=0, atol=1e-4)
+    assert float(z.std()) == pytest.approx(1, rel=0.05) and not torch.allclose(z[0], z[1], atol=0.1)
+    assert network.levels == list(range(500, -1, -1)) and columns == 10
+    assert torch.equal(images.view(2, 10, 1, 28, 28)[:, [0, -1]], x)
+
+
+def test_a_guess_that_is_not_clipped_makes_another_picture(tmp_path):
+    for name, flags in (("default", ()), ("yes", ("--clip-x-0",)), ("no", ("--no-clip-x-0",))):
+        done(sample("lesson_05_ddpm", *flags, "--num", 3, "--save-tensor", tmp_path / name,
+                    "--output", tmp_path / "x.png"))  # fmt: skip
+    default, yes, no = (torch.load(tmp_path / name, weights_only=True) for name in ("default", "yes", "no"))
+    assert torch.equal(default, yes) and yes.min() >= 0 and yes.max() <= 1
+    assert no.min() < -0.01 and (yes - no.clamp(0, 1)).abs().max() > 0.1
+
+
+@pytest.mark.lessons("lesson_05_ddpm")
+def test_the_variance_of_all_steps(lesson, in_color, tmp_path):
+    """The training has the small one; all four steps can have the large one."""
+    for name, flags in (("default", ()), ("small", ("--variance", "small")), ("large", ("--variance", "large"))):
+        done(sample(lesson.name, "--checkpoint", in_color / "checkpoint.pt", "--sampler", "ancestral", "--calls", 4,
+                    *flags, "--num", 2, "--output", tmp_path / f"{name}.png"))  # fmt: skip
+    default, small, large = ((tmp_path / f"{name}.png").read_bytes() for name in ("default", "small", "large"))
+    assert default == small != large
+
+
 # What a person may get wrong
 
 
@@ -409,7 +567,6 @@ def test_algorithm_2_draws_the_unknown_given_the_known(lesson):
         ("--num -3", "--num must lie between 1 and "),
         ("--seed -1", "--seed must lie between 0 and "),
         ("--calls 0", "--calls must be greater than zero"),
-        ("--calls 2", "--calls 2: .* needs at least "),
         ("--inpaint nothing", "--inpaint nothing: there is no such picture; name one, or one of left, right, "),
         ("--inpaint {dir}/small.png", "the mask .*small.png has 14 x 20 pixels, but the images have 28 x 28: resize"),
         ("--inpaint {dir}/text.png", "cannot read the mask .*text.png"),
@@ -426,12 +583,44 @@ def test_algorithm_2_draws_the_unknown_given_the_known(lesson):
     ],
 )
 def test_flags_that_cannot_be_used(lesson, flags, expected, tmp_path):
+    check_flags(lesson, flags, expected, tmp_path)
+
+
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+def test_too_few_calls(lesson, tmp_path):
+    check_flags(lesson, "--calls 2", "--calls 2: .* needs at least ", tmp_path)
+
+
+@pytest.mark.lessons("lesson_05_ddpm")
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--calls 1", "--calls 1: with T = 1000, a chain takes 2 to 1000 steps"),
+        ("--calls 1001", "--calls 1001: with T = 1000, a chain takes 2 to 1000 steps"),
+        ("--calls 1 --inpaint left", "--calls 1: "),
+        ("--calls 1001 --inpaint left", "--calls 1001: "),
+        ("--calls 1001 --progress", "--calls 1001: "),
+        ("--calls 1 --share-latent", "--calls 1: "),
+        ("--calls 1001 --interpolate-images", "--calls 1001: "),
+        ("--sampler ancestral --variance large --calls 999",
+         "--calls 999: the large variance is for all 1000 steps; add --variance small"),
+        ("--progress --gif", "--gif and --strip show how plain samples come about: leave out --progress$"),
+        ("--share-latent --strip", "leave out --share-latent$"),
+        ("--interpolate-images --gif", "leave out --interpolate-images$"),
+        ("--num 0 --progress", "--num must lie between 1 and "),
+    ],
+)  # fmt: skip
+def test_flags_of_lesson_5_that_cannot_be_used(lesson, flags, expected, tmp_path):
+    check_flags(lesson, flags, expected, tmp_path)
+
+
+def check_flags(lesson, flags, expected, tmp_path):
     Image.new("L", (14, 20)).save(tmp_path / "small.png")
     Image.new("L", (28, 28), 255).save(tmp_path / "white.png")
     (tmp_path / "text.png").write_text("text")
     before = sorted(path.name for path in tmp_path.iterdir())
     flags = flags.replace("{dir}", str(tmp_path)).split()
-    if not {"--output", "--gif"} & set(flags):
+    if "--output" not in flags:
         flags += ["--output", str(tmp_path / "x.png")]
     assert re.search(expected, line(sample(lesson.name, *flags)))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -443,16 +632,30 @@ def test_flags_that_argparse_refuses(lesson, flags):
     assert result.status == 2 and "Traceback" not in result.stderr
 
 
-def test_inpainting_with_another_sampler():
-    assert "--inpaint follows langevin" in line(
-        sample("lesson_04_ncsnv2", "--inpaint", "left", "--sampler", "consistent")
-    )
+@pytest.mark.parametrize("flags", ["--progress --nearest", "--share-latent --progress", "--variance tiny"])
+def test_flags_of_lesson_5_that_argparse_refuses(flags):
+    result = sample("lesson_05_ddpm", *flags.split())
+    assert result.status == 2 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["--progress", "--variance=large", "--no-clip-x-0"])
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+def test_the_flags_of_lesson_5_are_its_own(lesson, flag):
+    result = sample(lesson.name, flag)
+    assert result.status == 2 and f"unrecognized arguments: {flag}" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["lesson_04_ncsnv2", "lesson_05_ddpm"])
+def test_inpainting_with_another_sampler(name):
+    module = script(name, "sample")
+    error = line(sample(name, "--inpaint", "left", "--sampler", module.SAMPLERS[0]))
+    assert f"--inpaint follows {module.SAMPLERS[-1]}: leave out --sampler" in error
 
 
 def test_a_checkpoint_of_another_lesson_or_version(lesson, tmp_path):
-    other = "lesson_04_ncsnv2" if lesson.name == "lesson_03_ncsn" else "lesson_03_ncsn"
-    error = line(sample(lesson.name, "--checkpoint", ROOT / other / "pretrained.pt"))
-    assert f"is a checkpoint of {other}, not of {lesson.name}; use the scripts in {other}/" in error
+    for other in [name for name in LESSONS if name != lesson.name]:
+        error = line(sample(lesson.name, "--checkpoint", ROOT / other / "pretrained.pt"))
+        assert f"is a checkpoint of {other}, not of {lesson.name}; use the scripts in {other}/" in error
     save_checkpoint(tmp_path / "old.pt", lesson.name, config={})
     assert f"is of another version of {lesson.name}: it has no " in line(
         sample(lesson.name, "--checkpoint", tmp_path / "old.pt")
@@ -461,11 +664,18 @@ def test_a_checkpoint_of_another_lesson_or_version(lesson, tmp_path):
 
 # Other data: three channels, and folders of pictures
 
+FEW_OF_QUICK = {  # of short runs
+    "lesson_03_ncsn": 10,
+    "lesson_04_ncsnv2": 100,
+    "lesson_05_ddpm": 4,
+    "lesson_09_improved_ddpm": 4,
+}
+
 
 @pytest.fixture(scope="module")
 def in_color(lesson, tmp_path_factory):
     folder = tmp_path_factory.mktemp("color")
-    result = run_here(lesson.name, "--smoke", "--precision", "float32", "--dataset", "color_mnist", "--output", folder)
+    result = quick(lesson.name, "--dataset", "color_mnist", "--output", folder)
     assert result.status == 0, result.stderr
     return folder
 
@@ -478,7 +688,7 @@ def from_a_folder(lesson, tmp_path_factory):
         Image.fromarray(np.random.default_rng(k).integers(0, 255, (20 + k, 40), np.uint8)).save(pictures / f"{k}.png")
     (pictures / "damaged.png").write_bytes(b"\x89PNG\r\n")
     flags = ("--images", pictures, "--image-size", 16, "--channels", 1, "--batch-size", 4, "--output", folder)
-    result = run_here(lesson.name, "--smoke", "--precision", "float32", *flags)
+    result = quick(lesson.name, *flags)
     assert result.status == 0, result.stderr
     assert re.search(r"left out .*damaged\.png", result.stderr)
     return folder
@@ -492,7 +702,7 @@ def test_a_pretrained_checkpoint_is_made_from_a_run(lesson, in_color, tmp_path, 
     common.pretrained.main()
     for name in ("pretrained.pt", "output/checkpoint.pt"):
         flags = ("--num", 1, "--save-tensor", tmp_path / Path(name).stem, "--output", tmp_path / "x.png")
-        done(sample(lesson.name, "--checkpoint", folder / name, *flags, few=FEW_LANGEVIN))
+        done(sample(lesson.name, "--checkpoint", folder / name, *flags, few=FEW_OF_QUICK))
     small, whole = (torch.load(tmp_path / name, weights_only=True) for name in ("pretrained", "checkpoint"))
     torch.testing.assert_close(small, whole, rtol=0, atol=2 / 255 * float(whole.abs().max()))
     assert 2 * (folder / "pretrained.pt").stat().st_size < (folder / "output" / "checkpoint.pt").stat().st_size
@@ -503,13 +713,12 @@ def test_a_pretrained_checkpoint_is_made_from_a_run(lesson, in_color, tmp_path, 
 
 @pytest.mark.parametrize("verb", ["drawn", "inpaint right", "interpolate", "nearest", "denoise", "info"])
 @pytest.mark.parametrize("kind", ["in_color", "from_a_folder"])
-def test_everything_works_on_other_data(lesson, kind, verb, request, tmp_path):
+def test_everything_works_on_other_data(lesson, kind, verb, request, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.play.load_pictures", lambda data, split: some_pictures(data))  # not all 60 000
     checkpoint = request.getfixturevalue(kind) / "checkpoint.pt"
     flags = () if verb == "drawn" else f"--{verb}".split()
-    calls = ("--calls", 100) if lesson.name == "lesson_04_ncsnv2" else ()
-    text = done(
-        sample(lesson.name, "--checkpoint", checkpoint, "--num", 2, *flags, "--output", tmp_path / "x.png", *calls)
-    )
+    flags = ("--checkpoint", checkpoint, "--num", 2, *flags, "--output", tmp_path / "x.png")
+    text = done(sample(lesson.name, *flags, few=FEW_OF_QUICK))
     if verb == "info":
         assert f"images      {'3 x 28 x 28' if kind == 'in_color' else '1 x 16 x 16'}" in text
         return
@@ -518,6 +727,20 @@ def test_everything_works_on_other_data(lesson, kind, verb, request, tmp_path):
     if verb == "inpaint right" and kind == "in_color":
         rows, known = tiles(tmp_path / "x.png", 8), read_mask("right", 28, 28)[0, 0].bool().numpy()
         assert rows.shape[-1] == 3 and (rows[:, 2:, known] == rows[:, :1, known]).all()
+
+
+@pytest.mark.lessons(*DIFFUSION)
+@pytest.mark.parametrize("verb", ["progress", "share-latent", "interpolate-images"])
+@pytest.mark.parametrize("kind", ["in_color", "from_a_folder"])
+def test_the_pictures_of_lesson_5_on_other_data(lesson, kind, verb, request, tmp_path):
+    checkpoint, path = request.getfixturevalue(kind) / "checkpoint.pt", tmp_path / "x.png"
+    flags = ("--checkpoint", checkpoint, "--num", 2, f"--{verb}", "--output", path, "--save-tensor", tmp_path / "x")
+    done(sample(lesson.name, *flags, few=FEW_OF_QUICK))
+    shape = (3, 28, 28) if kind == "in_color" else (1, 16, 16)
+    number = {"progress": 2 * 4, "share-latent": 4 * 3, "interpolate-images": 2 * 10}[verb]  # 4 calls: 4 guesses
+    assert torch.load(tmp_path / "x", weights_only=True).shape == (number, *shape)
+    with Image.open(path) as picture:
+        assert picture.mode == ("RGB" if kind == "in_color" else "L")
 
 
 def test_folders_that_cannot_be_trained_on(lesson, tmp_path):

@@ -6,6 +6,8 @@ import torch
 from lesson_03_ncsn.noise_scales import geometric_noise_scales
 from lesson_04_ncsnv2.sampler import annealed_langevin_dynamics, denoise, langevin_step_size
 
+pytestmark = pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+
 SIGMAS = geometric_noise_scales(1, 0.01, 10)
 
 

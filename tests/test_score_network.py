@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from common.layers import ACTIVATIONS, average_pool5, channel_moments
 from lesson_03_ncsn.noise_scales import geometric_noise_scales
 
+pytestmark = pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+
 L = 10
 SIGMAS = geometric_noise_scales(1, 0.01, L)
 

@@ -1,4 +1,4 @@
-"""Whole runs of both lessons: what they leave behind, and that they go on as if they had never been interrupted."""
+"""Whole runs of all lessons: what they leave behind, and that they go on as if they had never been interrupted."""
 
 import csv
 import dataclasses
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,25 @@ from PIL import Image
 
 import common.run
 from tests.conftest import LESSONS
-from tests.running import ENVIRONMENT, Result, command, hashes, quick, read_checkpoint, run_here, script
+from tests.running import (
+    DIFFUSION,
+    ENVIRONMENT,
+    Result,
+    command,
+    hashes,
+    loss_of,
+    quick,
+    read_checkpoint,
+    run_here,
+    script,
+)
 
 GRID = 8 * (2 * 28 + 2) + 2  # pixels: 8 images, each enlarged twice, and 2 pixels between them
+LEVEL = dict.fromkeys(DIFFUSION, ("t ", r"\d+"))  # how a noise level is named, and numbered
+
+
+def level_name(lesson):
+    return LEVEL.get(lesson.name, ("sigma ", r"[\d.]+"))
 
 
 def files_of_a_run(lesson, *previews):
@@ -78,7 +95,7 @@ def wait_until(condition, process, seconds=100):
 
 @pytest.fixture(scope="session")
 def smoke_processes(tmp_path_factory):
-    """{lesson: (output folder, the process)} of `python train_mnist.py --smoke`, both at once to save time."""
+    """{lesson: (output folder, the process)} of `python train_mnist.py --smoke`, all at once to save time."""
     processes = {}
     for name in LESSONS:
         folder = tmp_path_factory.mktemp(name) / "output"
@@ -121,7 +138,8 @@ def test_smoke_prints_what_it_is_about_to_do(lesson, smoke):
         assert re.search(rf"^  {name} +{re.escape(str(value))}$", result.stdout, re.MULTILINE), name
     assert re.search("^20 steps of 16 images, about 0.[0-9] minutes with the pictures$", result.stdout, re.MULTILINE)
     assert "images      60000 of 1 x 28 x 28 from mnist\n" in result.stdout and str(folder) in result.stdout
-    assert re.search(r"^noise +\d+ levels, from sigma [\d.]+ to sigma [\d.]+$", result.stdout, re.MULTILINE)
+    level = "".join(level_name(lesson))
+    assert re.search(rf"^noise +\d+ levels, from {level} to {level}$", result.stdout, re.MULTILINE)
     assert f"done: look at {folder / 'samples.png'}\n" in result.stdout
     assert re.search(r"320/320 .*images/s, loss=\d+\.\d", result.stderr)
 
@@ -144,8 +162,13 @@ def test_smoke_denoising_changes_the_picture(lesson, smoke):
 
 def test_smoke_trajectory_moves(lesson, smoke):
     with Image.open(smoke[0] / "trajectory.gif") as gif:
-        scales = len(read_checkpoint(smoke[0])["network"]["sigmas"])
-        assert gif.n_frames == min(36, scales + (lesson.name == "lesson_04_ncsnv2"))
+        checkpoint = read_checkpoint(smoke[0])
+        if lesson.name in DIFFUSION:
+            steps = checkpoint["config"]["T"]
+        else:
+            steps = len(checkpoint["network"]["sigmas"]) + (lesson.name == "lesson_04_ncsnv2")
+        full = (smoke[0] / "trajectory.gif").stat().st_size > 1_500_000  # of 2 MB, for which frames are left out
+        assert gif.n_frames == min(36, steps) or full and gif.n_frames < min(36, steps)
         assert gif.n_frames > 5
         assert gif.size == (GRID, GRID)
         frames = []
@@ -162,14 +185,16 @@ def test_smoke_loss_plot_opens(smoke):
         assert picture.width > picture.height > 300
 
 
-def test_smoke_metrics_are_finite_and_fall(smoke):
+def test_smoke_metrics_are_finite_and_fall(lesson, smoke):
     header, rows = read_metrics(smoke[0])
     assert header[:2] == ["step", "loss"]
     assert len(header) == 2 + 5
-    assert all(re.fullmatch(r"sigma [\d.]+ to [\d.]+", band) for band in header[2:])
+    name, number = level_name(lesson)
+    assert all(re.fullmatch(f"{name}{number} to {number}", band) for band in header[2:])
     assert [row[0] for row in rows] == [10, 20]
     assert all(len(row) == len(header) and all(map(math.isfinite, row)) for row in rows)
-    assert 0 < rows[1][1] < rows[0][1] < 2 * 28 * 28  # D/2 is the loss of a network that returns zero
+    zero = 1 if lesson.name in DIFFUSION else 28 * 28 / 2  # the loss of a network that returns zero
+    assert 0 < rows[1][1] < rows[0][1] < 4 * zero
 
 
 def test_smoke_configuration_is_what_the_flags_said(lesson, smoke):
@@ -184,13 +209,12 @@ def test_smoke_configuration_is_what_the_flags_said(lesson, smoke):
 def test_smoke_checkpoint_has_all_a_run_needs(lesson, smoke):
     checkpoint = read_checkpoint(smoke[0])
     names = {"lesson", "step", "image_shape", "config", "network", "optimizer", "generator", "device", "data", "log"}
-    assert set(checkpoint) == names | ({"ema"} if lesson.name == "lesson_04_ncsnv2" else set())
+    names |= {"ema"} if lesson.name != "lesson_03_ncsn" else set()
+    assert set(checkpoint) == names | ({"timesteps"} if lesson.name == "lesson_09_improved_ddpm" else set())
     assert (checkpoint["lesson"], checkpoint["step"]) == (lesson.name, 20)
     assert checkpoint["image_shape"] == (1, 28, 28)
-    sigmas, config = checkpoint["network"]["sigmas"], checkpoint["config"]
-    network = lesson.score_network.ScoreNetwork(
-        sigmas, 1, config["width"], config["patch"], config["blocks"], config["activation"]
-    )
+    config = SimpleNamespace(**checkpoint["config"])
+    network = script(lesson.name, "sample").make_network(config, 1, checkpoint["network"])
     for name in ("network", "ema") if "ema" in checkpoint else ("network",):
         network.load_state_dict(checkpoint[name])
         assert all(weights.isfinite().all() and weights.dtype == torch.float32 for weights in network.parameters())
@@ -202,7 +226,8 @@ def test_three_channels(lesson, tmp_path):
     result = quick(lesson.name, "--dataset", "color_mnist", "--output", tmp_path)
     assert result.status == 0
     assert set(hashes(tmp_path)) == files_of_a_run(lesson)
-    assert read_checkpoint(tmp_path)["network"]["last.bias"].shape == (3 * 2**2,)
+    outputs = 2 if lesson.name == "lesson_09_improved_ddpm" else 1
+    assert read_checkpoint(tmp_path)["network"]["last.bias"].shape == (outputs * 3 * 2**2,)
     with Image.open(tmp_path / "samples.png") as picture:
         assert (picture.mode, picture.size) == ("RGB", (GRID, GRID))
         r, g, b = (np.asarray(channel) for channel in picture.split())
@@ -237,8 +262,9 @@ def test_ones(lesson, tmp_path):
     assert set(hashes(tmp_path)) == files_of_a_run(lesson, 1)
 
 
-def test_ladder_of_two_scales(tmp_path):
-    assert quick("lesson_03_ncsn", "--L", 2, "--output", tmp_path).status == 0
+@pytest.mark.parametrize("name, flag", [("lesson_03_ncsn", "--L"), ("lesson_05_ddpm", "--T")])
+def test_ladder_of_two_scales_and_chain_of_two_steps(name, flag, tmp_path):
+    assert quick(name, flag, 2, "--output", tmp_path).status == 0
     assert len(read_metrics(tmp_path)[0]) == 2 + 2
 
 
@@ -250,7 +276,14 @@ def test_previews_do_not_change_the_training(lesson, straight, tmp_path):
 
 
 def test_sample_draws_from_the_checkpoint(lesson, straight, tmp_path):
-    flags = ("--checkpoint", straight / "checkpoint.pt", "--num", 3, "--calls", 10)
+    flags = (
+        "--checkpoint",
+        straight / "checkpoint.pt",
+        "--num",
+        3,
+        "--calls",
+        4 if lesson.name in DIFFUSION else 10,
+    )
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         result = run_here(lesson.name, *flags, "--seed", seed, "--output", tmp_path / f"{name}.png", name="sample")
         assert result.status in (0, None)
@@ -268,6 +301,19 @@ def test_resume_is_exact(lesson, straight, tmp_path):
     assert read_checkpoint(tmp_path)["step"] == 6
     assert run_here(lesson.name, "--output", tmp_path, "--resume", "--steps", 12).status == 0
     assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.lessons(*DIFFUSION)
+def test_resume_with_dropout_is_exact(lesson, straight, tmp_path):
+    """Its random numbers are torch's own, which no checkpoint holds, and pictures are drawn on the way."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    dropout = ("--dropout", 0.3, "--output")
+    assert quick(lesson.name, "--steps", 12, *dropout, whole).status == 0
+    assert quick(lesson.name, "--steps", 6, "--preview-every", 3, *dropout, parts).status == 0
+    assert run_here(lesson.name, "--output", parts, "--resume", "--steps", 12).status == 0
+    assert_same_run(whole, parts)
+    a, b = (read_checkpoint(folder)["network"]["last.weight"] for folder in (whole, straight))
+    assert not torch.equal(a, b)  # dropout does something
 
 
 def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(tmp_path):
@@ -419,24 +465,24 @@ def test_a_finished_run_can_be_resumed_for_its_pictures(lesson, straight, tmp_pa
 def test_a_learning_rate_far_too_high(lesson, tmp_path):
     result = quick(lesson.name, "--learning-rate", "1e30", "--output", tmp_path)
     assert result.status == 1
-    scale = r"step 2, noise level \d+ of \d+ \(sigma [\d.]+\)"
+    scale = rf"step 2, noise level \d+ of \d+ \({''.join(level_name(lesson))}\)"
     assert re.fullmatch(rf"error: the loss is not finite at {scale}; .*--learning-rate", result.stderr.splitlines()[-1])
     assert hashes(tmp_path) == {}
 
 
 @pytest.mark.parametrize("every", [2, 4], ids=["when it would be saved", "between two checkpoints"])
 def test_a_bad_loss_keeps_the_last_good_checkpoint(lesson, tmp_path, every):
-    scales = []
+    levels, (name, loss_function) = [], loss_of(lesson)
 
-    def loss_with_a_bad_one(score, x, sigmas, i, z):
-        loss = lesson.loss.denoising_score_matching_loss(score, x, sigmas, i, z)
-        scales.append(int(i[3]) + 1)
-        return loss + torch.where(torch.arange(16) == 3, math.inf, 0) if len(scales) == 6 else loss
+    def loss_with_a_bad_one(network, x, table, i, z, *more):
+        loss = loss_function(network, x, table, i, z, *more)
+        levels.append(len(table) - int(i[3]) if lesson.name in DIFFUSION else int(i[3]) + 1)  # 1: the noisiest
+        return loss + torch.where(torch.arange(16) == 3, math.inf, 0) if len(levels) == 6 else loss
 
     flags = ("--steps", 8, "--preview-every", every, "--output", tmp_path)
-    result = quick(lesson.name, *flags, denoising_score_matching_loss=loss_with_a_bad_one)
+    result = quick(lesson.name, *flags, **{name: loss_with_a_bad_one})
     assert result.status == 1
-    assert f"error: the loss is not finite at step 6, noise level {scales[5]} of " in result.stderr.splitlines()[-1]
+    assert f"error: the loss is not finite at step 6, noise level {levels[5]} of " in result.stderr.splitlines()[-1]
     checkpoint = read_checkpoint(tmp_path)
     assert checkpoint["step"] == 4
     for name in ("network", "ema") if "ema" in checkpoint else ("network",):

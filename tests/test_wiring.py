@@ -16,10 +16,21 @@ from PIL import Image
 import common.run
 from common.config import learning_rate
 from common.noise import SeededNoise
-from tests.running import quick, read_checkpoint, script, some_images
+from tests.running import loss_of, quick, read_checkpoint, script, some_images
 
+pytestmark = pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm")
 STEPS, B = 12, 16
-NEW_LADDER = {"lesson_03_ncsn": ("--sigma-1", 2, "--sigma-L", 0.5, "--L", 7, "--T", 3), "lesson_04_ncsnv2": ()}
+NEW_LADDER = {
+    "lesson_03_ncsn": ("--sigma-1", 2, "--sigma-L", 0.5, "--L", 7, "--T", 3),
+    "lesson_04_ncsnv2": (),
+    "lesson_05_ddpm": ("--T", 60, "--beta-1", 0.002, "--beta-T", 0.3),
+}
+MORE = {
+    "lesson_03_ncsn": ("--focus", 0.4),
+    "lesson_04_ncsnv2": ("--focus", 0.4, "--ema-decay", 0.4, "--overlap", 0.2, "--T", 2, "--sigma-L", 0.5),
+    "lesson_05_ddpm": ("--ema-decay", 0.4),
+}
+CLIPPED = {"lesson_05_ddpm": 1}  # numbers for which --clip is the length of a gradient; of lessons 3 and 4, per pixel
 
 
 class Written:
@@ -33,11 +44,12 @@ class Written:
 def spy(lesson, folder, *flags):
     """A run of STEPS steps with previews after 5 and 10, and what was written down."""
     module, seen = script(lesson.name), Written()
+    loss_name, loss_function = loss_of(lesson)
 
-    def loss(score, x, sigmas, i, z):
-        value = lesson.loss.denoising_score_matching_loss(score, x, sigmas, i, z)
+    def loss(network, x, table, i, z):
+        value = loss_function(network, x, table, i, z)
         autocast = torch.is_autocast_enabled("cpu")
-        seen.losses.append({"x": x, "sigmas": sigmas, "i": i, "z": z, "value": value.detach(), "autocast": autocast})
+        seen.losses.append({"x": x, "table": table, "i": i, "z": z, "value": value.detach(), "autocast": autocast})
         return value
 
     class Optimizer(module.Optimizer):
@@ -54,17 +66,19 @@ def spy(lesson, folder, *flags):
         seen.draws.append((network, config, shape, generator, sampler, calls))
         return iter([torch.full(shape, (k + len(seen.draws)) / 10) for k in range(3)])
 
-    def draw_noise_scales(*arguments):
-        seen.scales.append(arguments)
-        return module_draw(*arguments)
+    def draw_levels(*arguments):
+        i = module_draw(*arguments)
+        seen.scales.append((arguments, i))
+        return i
 
     def update_ema(ema, network, step, decay):
         seen.emas.append((step, decay))
         module_ema(ema, network, step, decay)
 
-    module_draw, module_ema = module.draw_noise_scales, getattr(module, "update_ema", None)
-    pieces = {"denoising_score_matching_loss": loss, "Optimizer": Optimizer, "draw": draw}
-    pieces |= {"draw_noise_scales": draw_noise_scales, **({"update_ema": update_ema} if module_ema else {})}
+    draw_name = "draw_timesteps" if lesson.name == "lesson_05_ddpm" else "draw_noise_scales"
+    module_draw, module_ema = getattr(module, draw_name), getattr(module, "update_ema", None)
+    pieces = {loss_name: loss, "Optimizer": Optimizer, "draw": draw, draw_name: draw_levels}
+    pieces |= {"update_ema": update_ema} if module_ema else {}
     record = common.run.Run.record
 
     def recorded(self, loss, where):
@@ -85,10 +99,8 @@ def spy(lesson, folder, *flags):
 def seen(lesson, tmp_path_factory):
     """A run with numbers that are no defaults."""
     folder = tmp_path_factory.mktemp(lesson.name)
-    flags = ["--focus", 0.4, "--decay", "cosine", "--warmup", 4, "--clip", 1e-3, "--learning-rate", 2e-3, "--seed", 3]
-    if lesson.name == "lesson_04_ncsnv2":
-        flags += ["--ema-decay", 0.4, "--overlap", 0.2, "--T", 2, "--sigma-L", 0.5]
-    seen = spy(lesson, folder, *flags)
+    flags = ("--decay", "cosine", "--warmup", 4, "--clip", 1e-3, "--learning-rate", 2e-3, "--seed", 3)
+    seen = spy(lesson, folder, *flags, *MORE[lesson.name])
     seen.folder = folder
     return seen
 
@@ -97,8 +109,11 @@ def all_steps(seen, name):
     return torch.cat([loss[name] for loss in seen.losses])
 
 
-def test_images_are_between_0_and_1(lesson, seen):
+def test_images_are_between_0_and_1_and_in_lesson_5_between_minus_1_and_1(lesson, seen):
     x = all_steps(seen, "x")
+    if lesson.name == "lesson_05_ddpm":
+        assert x.min() == -1
+        x = (x + 1) / 2
     assert x.shape == (STEPS * B, 1, 28, 28) and x.dtype == torch.float32
     assert x.min() >= 0 and 0.95 < x.max() <= 1 and 0.05 < x.mean() < 0.25
     digits = {image.numpy().tobytes() for image in some_images("mnist")}
@@ -113,6 +128,7 @@ def test_noise_is_standard_normal_and_new_in_each_step(seen):
     assert not torch.equal(z[:B], z[B : 2 * B])
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
 def test_noise_scales_are_those_of_the_flags_and_the_data(lesson, seen):
     config = seen.config
     if lesson.name == "lesson_03_ncsn":
@@ -124,12 +140,27 @@ def test_noise_scales_are_those_of_the_flags_and_the_data(lesson, seen):
         L = math.ceil(1 + math.log(sigma_1 / 0.5) / math.log(gamma))
         expected = torch.logspace(math.log10(sigma_1), math.log10(0.5), L)
     for loss in seen.losses:
-        torch.testing.assert_close(loss["sigmas"], expected, rtol=1e-5, atol=0)
-    assert seen.scales[0][0] == B and seen.scales[0][2] == config.focus == 0.4
-    for arguments, loss in zip(seen.scales, seen.losses, strict=True):
-        assert torch.equal(arguments[1], loss["sigmas"])
+        torch.testing.assert_close(loss["table"], expected, rtol=1e-5, atol=0)
+    assert seen.scales[0][0][0] == B and seen.scales[0][0][2] == config.focus == 0.4
+    for (arguments, drawn), loss in zip(seen.scales, seen.losses, strict=True):
+        assert torch.equal(arguments[1], loss["table"]) and torch.equal(drawn, loss["i"])
     i = all_steps(seen, "i")
     assert i.min() == 0 and i.max() == len(expected) - 1
+
+
+@pytest.mark.lessons("lesson_05_ddpm")
+def test_timesteps_and_their_schedule_are_those_of_the_flags(seen):
+    """T = 60 steps, of which each batch has one in each 16th part."""
+    expected, abar = [], 1.0
+    for k in range(60):
+        abar *= 1 - (0.002 + (0.3 - 0.002) * k / 59)
+        expected.append(abar)
+    for ((batch_size, T, _), drawn), loss in zip(seen.scales, seen.losses, strict=True):
+        assert (batch_size, T) == (B, 60) and torch.equal(drawn, loss["i"])
+        assert loss["table"].dtype == torch.float64 and loss["table"].tolist() == pytest.approx(expected, rel=1e-9)
+    t = all_steps(seen, "i").view(STEPS, B)
+    assert ((t - torch.arange(B) * 60 / B).sub(60 / B / 2).abs() <= 60 / B / 2 + 1).all()
+    assert len(set(t[:, 0].tolist())) > 1  # not the same in each step
 
 
 def test_technique_2_counts_all_channels(tmp_path):
@@ -140,28 +171,33 @@ def test_technique_2_counts_all_channels(tmp_path):
     assert dimensions == [3 * 28 * 28]
 
 
-def first_gradient(seen):
+def first_gradient(lesson, seen):
     """The gradient of the mean loss in the first step, written out, and its norm."""
     first = seen.losses[0]
-    sigma_i = first["sigmas"][first["i"]][:, None, None, None]
-    score = seen.start(first["x"] + sigma_i * first["z"], first["i"])
-    loss = 0.5 * (sigma_i * score + first["z"]).square().sum((1, 2, 3))
+    x, z, i = first["x"], first["z"], first["i"]
+    level = first["table"][i][:, None, None, None]
+    if lesson.name == "lesson_05_ddpm":
+        noise = seen.start((level.sqrt() * x + (1 - level).sqrt() * z).float(), i)
+        loss = (noise - z).square().mean((1, 2, 3))
+    else:
+        loss = 0.5 * (level * seen.start(x + level * z, i) + z).square().sum((1, 2, 3))
     gradient = torch.autograd.grad(loss.mean(), list(seen.start.parameters()))
     return gradient, torch.stack([g.norm() for g in gradient]).norm()
 
 
-def test_the_gradient_is_clipped(seen):
-    gradient, norm = first_gradient(seen)
-    assert norm > 1e-3 * 784  # or nothing would be clipped
+def test_the_gradient_is_clipped(lesson, seen):
+    gradient, norm = first_gradient(lesson, seen)
+    length = 1e-3 * CLIPPED.get(lesson.name, 784)
+    assert norm > length  # or nothing would be clipped
     for mine, g in zip(seen.gradients[0], gradient, strict=True):
-        torch.testing.assert_close(mine, g * 1e-3 * 784 / norm, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(mine, g * length / norm, rtol=1e-3, atol=1e-5 * length)
     for step in seen.gradients:
-        assert torch.stack([g.norm() for g in step]).norm() < 1e-3 * 784 * 1.001
+        assert torch.stack([g.norm() for g in step]).norm() < length * 1.001
 
 
 def test_the_gradient_is_that_of_the_mean_loss(lesson, tmp_path):
     seen = spy(lesson, tmp_path, "--clip", "inf")
-    gradient, norm = first_gradient(seen)
+    gradient, norm = first_gradient(lesson, seen)
     for mine, g in zip(seen.gradients[0], gradient, strict=True):
         torch.testing.assert_close(mine, g, rtol=1e-3, atol=1e-5 * float(norm))
 
@@ -172,25 +208,26 @@ def test_the_learning_rate_is_that_of_the_step(seen):
     assert seen.optimizer == "muon"
 
 
-def test_losses_and_their_noise_levels_are_recorded(seen):
-    L = len(seen.losses[0]["sigmas"])
+def test_losses_and_their_noise_levels_are_recorded(lesson, seen):
+    table = seen.losses[0]["table"]
+    L, chain = len(table), lesson.name == "lesson_05_ddpm"
     for (loss, where), used in zip(seen.where, seen.losses, strict=True):
         assert torch.equal(loss.detach(), used["value"])
-        torch.testing.assert_close(where * L, used["i"] + 0.5)
+        torch.testing.assert_close(where * L, L - used["i"] - 0.5 if chain else used["i"] + 0.5)  # 0: the noisiest
     header, first, *_ = csv.reader(open(seen.folder / "metrics.csv"))
     losses, i = torch.cat([used["value"] for used in seen.losses[:10]]), all_steps(seen, "i")[: 10 * B]
     assert float(first[1]) == pytest.approx(float(losses.mean()), rel=1e-5)
     for k, name in enumerate(header[2:]):
-        low, high = (float(word) for word in name.removeprefix("sigma ").split(" to "))
-        sigma = seen.losses[0]["sigmas"][i]
-        inside = (sigma <= low * 1.001) & (sigma >= high * 0.999)
+        high, low = (float(word) for word in name.removeprefix("t " if chain else "sigma ").split(" to "))
+        level = i + 1 if chain else table[i]
+        inside = (level <= high * 1.001) & (level >= low * 0.999)
         assert float(first[2 + k]) == pytest.approx(float(losses[inside].mean()), rel=1e-5)
 
 
 def test_averaged_weights_are_updated_after_each_step_and_drawn_from(lesson, seen):
     networks = [network.network for network, *_ in seen.draws]
     checkpoint = read_checkpoint(seen.folder)
-    if lesson.name == "lesson_04_ncsnv2":
+    if lesson.name != "lesson_03_ncsn":
         assert seen.emas == [(step, 0.4) for step in range(1, STEPS + 1)]
         weights = checkpoint["ema"]
         assert not torch.equal(weights["last.weight"], checkpoint["network"]["last.weight"])
@@ -202,9 +239,11 @@ def test_averaged_weights_are_updated_after_each_step_and_drawn_from(lesson, see
 
 def test_pictures_are_drawn_as_the_lesson_says(lesson, seen):
     """Two previews and the last pictures: which sampler, how many calls, whose noise."""
-    L = len(seen.losses[0]["sigmas"])
+    L = len(seen.losses[0]["table"])
     if lesson.name == "lesson_03_ncsn":
         how = [("langevin", 3 * L)] * 3
+    elif lesson.name == "lesson_05_ddpm":
+        how = [("ddim", 50)] * 2 + [("ancestral", 60)]
     else:
         how = [("consistent", L + 1)] * 2 + [("langevin", 2 * L + 1)]
     assert [tuple(draw[4:]) for draw in seen.draws] == how
@@ -234,16 +273,39 @@ def test_the_network_runs_in_the_precision_of_the_flag(lesson, tmp_path, precisi
     assert seen.optimizer == "adam"
 
 
-def test_a_short_memory_and_a_long_one_learn_the_same_and_draw_different_pictures(tmp_path):
+@pytest.mark.lessons("lesson_05_ddpm")
+def test_dropout_is_in_the_loss_and_not_in_the_pictures(lesson, tmp_path):
+    """Twice the same loss, and twice the same samples: only the loss differs, also after pictures have been drawn."""
+    module, losses, pictures = script(lesson.name), [], []
+    loss_function, draw_function = module.noise_prediction_loss, module.draw
+
+    def loss(*arguments):
+        a, b = (loss_function(*arguments) for _ in range(2))
+        losses.append(torch.equal(a, b))
+        return a
+
+    def draw(network, config, shape, generator, sampler, calls):
+        a, b = (list(draw_function(network, config, shape, SeededNoise(range(64)), sampler, calls)) for _ in range(2))
+        pictures.append(torch.equal(a[-1], b[-1]))
+        return iter(a)
+
+    flags = ("--steps", 6, "--preview-every", 2, "--dropout", 0.3, "--no-clip-x-0", "--output", tmp_path)
+    assert quick(lesson.name, *flags, noise_prediction_loss=loss, draw=draw).status == 0
+    assert losses[2:] == [False] * 4 and pictures == [True] * 4  # a new network returns zero, with any dropout
+
+
+@pytest.mark.lessons("lesson_04_ncsnv2", "lesson_05_ddpm")
+def test_a_short_memory_and_a_long_one_learn_the_same_and_draw_different_pictures(lesson, tmp_path):
     folders = [tmp_path / decay for decay in ("0", "0.995")]
     for folder in folders:
-        assert quick("lesson_04_ncsnv2", "--ema-decay", folder.name, "--output", folder).status == 0
+        assert quick(lesson.name, "--ema-decay", folder.name, "--output", folder).status == 0
     a, b = (read_checkpoint(folder) for folder in folders)
     assert all(torch.equal(a["network"][name], b["network"][name]) for name in a["network"])
     assert all(torch.equal(a["network"][name], a["ema"][name]) for name in a["network"])
     assert (folders[0] / "samples.png").read_bytes() != (folders[1] / "samples.png").read_bytes()
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
 def test_paper_is_the_papers(lesson):
     """NCSN: Sec. 5 and App. B.2. NCSNv2: App. B.2, with lesson 3's width, since it has no run on MNIST."""
     module = script(lesson.name)
@@ -258,3 +320,16 @@ def test_paper_is_the_papers(lesson):
         assert (config.sigma_1, config.sigma_L, config.L, config.T, config.epsilon) == (1, 0.01, 10, 100, 2e-5)
     else:
         assert (config.sigma_L, config.overlap, config.T, config.ema_decay) == (0.01, 0.5, 5, 0.999)
+
+
+@pytest.mark.lessons("lesson_05_ddpm")
+def test_paper_is_the_papers_in_lesson_5(lesson):
+    """Sec. 4 and App. B; variance "large" and the clip of the gradient are the authors' code's."""
+    module = script(lesson.name)
+    config = module.Config(**module.PRESETS["paper"])
+    assert (config.steps, config.batch_size, config.learning_rate, config.ema_decay) == (800_000, 128, 2e-4, 0.9999)
+    assert (config.optimizer, config.warmup, config.decay, config.clip) == ("adam", 5000, "constant", 1.0)
+    assert (config.width, config.levels, config.blocks, config.patch, config.dropout) == (128, 3, 2, 1, 0.0)
+    assert (config.T, config.beta_1, config.beta_T) == (1000, 1e-4, 0.02)
+    assert config.variance == "large" and config.clip_x_0 is True
+    assert module.PRESETS["paper on cifar10"] == {"levels": 4, "dropout": 0.1}

@@ -1,0 +1,117 @@
+"""The U-Net of lesson 5: the paper's size, any size and number of channels, conditioned on t, and no dead parameter."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.layers import GroupNorm
+from lesson_05_ddpm.noise_network import NoiseNetwork, SelfAttention, timestep_embedding
+
+SMALL = {"width": 8, "levels": 2, "blocks": 1, "patch": 2}
+
+
+def awake(network):
+    """The network with weights in the layers that start at zero."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return network.eval()
+
+
+def test_the_papers_network_for_cifar10_is_as_large_as_the_papers():
+    """35.7 million (App. B); 35 746 307 by counting in the authors' code."""
+    with torch.device("meta"):
+        network = NoiseNetwork(channels=3)
+    assert sum(p.numel() for p in network.parameters()) == 35_746_307
+    attention = [module.qkv.in_channels for module in network.modules() if isinstance(module, SelfAttention)]
+    assert len(attention) == 2 + 1 + 3 and set(attention) == {256}  # at 16x16, down and up, and in the middle
+
+
+@pytest.mark.parametrize("levels, patch, expected", [(3, 1, {28, 14, 7}), (2, 2, {14, 7}), (4, 1, {28, 14, 7, 4})])
+def test_28_pixels_stay_28_and_are_halved_on_the_way(levels, patch, expected):
+    network = NoiseNetwork(width=8, levels=levels, blocks=1, patch=patch)
+    sizes = set()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: sizes.add(output.shape[2]))
+    assert network(torch.randn(2, 1, 28, 28), torch.tensor([0, 999])).shape == (2, 1, 28, 28)
+    assert sizes == expected
+
+
+@pytest.mark.parametrize("size", [16, 18, 22, 32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_size_of_pictures_and_number_of_channels(size, channels):
+    x = torch.randn(2, channels, size, size)
+    for levels, patch in ((2, 2), (3, 1)):
+        network = NoiseNetwork(channels, **{**SMALL, "levels": levels, "patch": patch})
+        assert network(x, torch.tensor([1, 2])).shape == x.shape
+
+
+def test_it_starts_with_a_prediction_of_zero_and_every_parameter_has_a_gradient_when_awake():
+    x, t = torch.randn(3, 1, 28, 28), torch.tensor([0, 500, 999])
+    network = NoiseNetwork(**SMALL)
+    assert not network(x, t).any()
+    awake(network)(x, t).square().sum().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_prediction_depends_on_its_own_image_and_t_only():
+    network, x = awake(NoiseNetwork(**SMALL)), torch.randn(3, 1, 28, 28)
+    t = torch.tensor([0, 500, 999])
+    whole = network(x, t)
+    torch.testing.assert_close(whole[1:2], network(x[1:2], t[1:2]), rtol=1e-4, atol=1e-5)
+    assert (network(x[:1], t[1:2]) - whole[:1]).abs().max() > 0.01
+
+
+def test_a_pixel_is_seen_everywhere():
+    network, x, t = awake(NoiseNetwork(**SMALL)), torch.randn(1, 1, 28, 28, requires_grad=True), torch.tensor([300])
+    network(x, t)[0, 0, 0, 0].backward()
+    assert (x.grad != 0).all()
+
+
+def test_dropout_is_off_where_it_is_evaluated():
+    network, x, t = awake(NoiseNetwork(**SMALL, dropout=0.5)), torch.randn(2, 1, 28, 28), torch.tensor([1, 2])
+    assert torch.equal(network(x, t), network(x, t))
+    network.train()
+    assert not torch.equal(network(x, t), network(x, t))
+
+
+def test_the_embedding_of_t():
+    """Sines, then cosines, of t at frequencies from 1 to 1/10 000, in equal ratios."""
+    t = torch.tensor([0, 1, 37])
+    found = timestep_embedding(t, 8)
+    assert found.shape == (3, 8)
+    for row, n in zip(found, t.tolist()):
+        angles = [n / 10_000 ** (k / 3) for k in range(4)]
+        expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        torch.testing.assert_close(row, torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+def test_attention_is_torchs():
+    torch.manual_seed(0)
+    layer, x = SelfAttention(16), torch.randn(2, 16, 5, 6)
+    assert torch.equal(layer(x), x)  # it starts with a change of zero
+    awake(layer)
+    tokens = layer.norm(x).flatten(2).mT  # (B, H W, C)
+    q, k, v = (tokens @ layer.qkv.weight[:, :, 0, 0].T + layer.qkv.bias).chunk(3, dim=2)
+    mean = F.scaled_dot_product_attention(q, k, v) @ layer.out.weight[:, :, 0, 0].T + layer.out.bias
+    torch.testing.assert_close(layer(x), x + mean.mT.unflatten(2, (5, 6)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_group_norm_is_torchs(dtype, tolerance):
+    torch.manual_seed(0)
+    ours, theirs = GroupNorm(4, 16), nn.GroupNorm(4, 16)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter)
+    theirs.load_state_dict(ours.state_dict())
+    x = (3 + 2 * torch.randn(3, 16, 6, 5)).to(dtype)
+    a, b = x.clone().requires_grad_(), x.float().requires_grad_()
+    w = torch.randn(3, 16, 6, 5)
+    (ours(a).float() * w).sum().backward()
+    (theirs(b) * w).sum().backward()
+    torch.testing.assert_close(ours(a).float(), theirs(b), rtol=0, atol=10 * tolerance)
+    torch.testing.assert_close(a.grad.float(), b.grad, rtol=0, atol=10 * tolerance)
