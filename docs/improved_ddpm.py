@@ -1,0 +1,173 @@
+"""What lesson 9 measures: `python docs/improved_ddpm.py`, or names of some of its experiments.
+
+All but `ablation`, which trains, take the network of lesson_09_improved_ddpm/pretrained.pt. Adds lines to
+docs/improved_ddpm.csv after each measurement, and leaves out those that are there; `python docs/figures_ddpm.py` makes
+pictures of them.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ddpm import GROUPS, load, measure
+from techniques import Table, fid
+
+from common.cli import run
+from common.data import load_images
+from common.machine import choose_device
+from common.noise import noise_like
+from common.play import evenly
+from lesson_09_improved_ddpm.likelihood import prior_term, terms
+from lesson_09_improved_ddpm.loss import bound_term, hybrid_loss, noisy_image
+from lesson_09_improved_ddpm.noise_schedule import respaced_betas
+from lesson_09_improved_ddpm.sampler import ancestral_sampling, ddim_sampling
+from lesson_09_improved_ddpm.timestep_sampler import LossAwareTimesteps, UniformTimesteps
+
+LESSON = "lesson_09_improved_ddpm"
+VARIANCES = ("learned", "small", "large")
+
+
+def sample(nine: SimpleNamespace, table: Table, K: int, variance: str) -> Tensor:
+    """n images (n, 1, 28, 28) in [0, 1], with K network calls. variance "DDIM": no fresh noise."""
+    noise, kept = table.noise(), evenly(len(nine.betas), K)
+    x = noise.like(torch.empty(table.n, 1, 28, 28)).to(choose_device())
+    if variance == "DDIM":
+        steps = ddim_sampling(nine.network, x, nine.alpha_bars, kept)
+    else:
+        betas = respaced_betas(nine.betas, kept)
+        steps = ancestral_sampling(nine.network, x, betas, kept, generator=noise, variance=variance)
+    *_, x = steps
+    return ((x + 1) / 2).cpu()
+
+
+def calls(table: Table, nine: SimpleNamespace) -> None:
+    """How many network calls does each variance need?"""
+    T = len(nine.betas)
+    for K in [min(K, T) for K in (10, 25, 50, 100, 250)]:
+        for variance in ("learned",) if K == 250 else ("learned", "small", "large", "DDIM"):
+            for _ in table.missing(variance, [K]):
+                table.add(variance, K, fid=fid(sample(nine, table, K, variance)))
+
+
+@torch.no_grad()
+def bound(nine: SimpleNamespace, x_0: Tensor, K: int, seed: int) -> dict[str, Tensor]:
+    """Terms of the bound in bits/dim, means over x_0 (B, C, H, W) in [-1, 1], of t = 1, ..., K and of the prior:
+    {variance: (K + 1,)}. The network is called once for all.
+    """
+    kept, cache = evenly(len(nine.betas), K), {}
+    betas = respaced_betas(nine.betas, kept)
+
+    def network(x, t):
+        if int(t[0]) not in cache:
+            cache.clear()
+            cache[int(t[0])] = nine.network(x, t)
+        return cache[int(t[0])]
+
+    generators = (torch.Generator(x_0.device).manual_seed(seed) for _ in VARIANCES)
+    each = [terms(network, x_0, betas, kept, generator=g, variance=v) for g, v in zip(generators, VARIANCES)]
+    steps = [[float(L.mean()) for L, _ in step] for step in zip(*each, strict=True)]
+    prior = float(prior_term(x_0, nine.alpha_bars[-1]).mean())
+    found = torch.tensor(steps).flip(0).T  # (variances, K)
+    return {v: torch.cat([L, torch.tensor([prior])]) for v, L in zip(VARIANCES, found, strict=True)}
+
+
+def bits(table: Table, nine: SimpleNamespace) -> None:
+    """What does each step cost, with the learned and with both fixed variances, and with fewer steps?"""
+    T, x_0 = len(nine.betas), 2 * table.digits()[0] - 1
+    for K in [min(K, T) for K in (1000, 250, 100, 50, 25)]:
+        if table.missing("learned", [K]):
+            for variance, L in bound(nine, x_0, K, table.seed).items():
+                for group, (a, b) in GROUPS.items() if K == T else ():
+                    table.add(f"{variance}: {group}", a, bits=float(L[:-1][a - 1 : b].sum()))
+                table.add(variance, K, bits=float(L.sum()))
+
+
+@torch.no_grad()
+def v(table: Table, nine: SimpleNamespace) -> None:
+    """Which v has the network learned, where a pixel is black for sure, and elsewhere?"""
+    T, x_0 = len(nine.betas), 2 * table.digits()[0] - 1
+    inside = (x_0 > -0.99) & (x_0 < 0.99)
+    for t in table.missing("black", sorted({min(t, T) for t in (1, 2, 3, 5, 10, 20, 50, *range(100, 1001, 100))})):
+        n = torch.full((len(x_0),), int(t) - 1, device=x_0.device)
+        _, learned = nine.network(noisy_image(x_0, nine.alpha_bars, n, noise_like(x_0, table.noise())), n)
+        table.add("black", t, v=float(learned[x_0 < -0.99].mean()))
+        table.add("gray", t, v=float(learned[inside].mean()))
+        table.add("all", t, v=float(learned.mean()))
+
+
+def gradient(table: Table, nine: SimpleNamespace) -> None:
+    """How noisy is the gradient of each objective? Trace of its covariance over its squared length, batches of 64."""
+    if not table.missing("hybrid, uniform", [64]):
+        return
+    T, images, generator = len(nine.betas), load_images("mnist"), torch.Generator().manual_seed(table.seed)
+    network, aware = nine.network.network.train(), LossAwareTimesteps(T)
+    with torch.no_grad():  # its history, ten losses for each t
+        for _ in range(10):
+            for t in torch.arange(T).split(100):
+                x_0 = images[torch.randint(len(images), t.shape, generator=generator)] / 127.5 - 1
+                aware.update(t, bound_term(nine.network, x_0, nine.betas, t, noise_like(x_0, generator)))
+    for name, loss, chooser in (
+        ("hybrid, uniform", hybrid_loss, UniformTimesteps(T)),
+        ("vlb, uniform", bound_term, UniformTimesteps(T)),
+        ("vlb, importance", bound_term, aware),
+    ):
+        gradients = []
+        for _ in range(3 if table.smoke else 100):
+            x_0 = images[torch.randint(len(images), (64,), generator=generator)] / 127.5 - 1
+            t, weight = chooser.draw(64, generator)
+            network.zero_grad()
+            (weight * loss(network, x_0, nine.betas, t, noise_like(x_0, generator))).mean().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).double())
+        g = torch.stack(gradients)
+        trace = float(g.var(0).sum())
+        table.add(name, 64, noise=trace / max(1e-30, float(g.mean(0).square().sum()) - trace / len(g)))
+    network.zero_grad()
+    network.eval()
+
+
+FIVE = ("--objective", "simple", "--schedule", "linear", "--no-scale-shift", "--variance", "small")
+ABLATION = {
+    "lesson 5": FIVE,
+    "cosine schedule": (*FIVE[:2], *FIVE[4:]),
+    "learned variance, hybrid": ("--schedule", "linear", "--no-scale-shift"),
+    "scale-shift norm": (*FIVE[:4], *FIVE[5:]),
+    "vlb, uniform t": ("--objective", "vlb", "--schedule", "linear", "--no-scale-shift"),
+    "vlb, importance sampling": (
+        "--objective", "vlb", "--timesteps", "importance", "--schedule", "linear", "--no-scale-shift",
+    ),
+    "lesson 9": (),
+}  # fmt: skip
+
+
+def ablation(table: Table, nine: SimpleNamespace) -> None:
+    """What is each change worth, alone, after as many steps? Digit FID with 50 calls, and bits/dim of 50 digits."""
+    steps = 3 if table.smoke else 600
+    for name, flags in list(ABLATION.items())[: 2 if table.smoke else None]:
+        if not table.missing(name, [steps]):
+            continue
+        output = table.path.parent / "ablation"
+        if table.smoke:
+            flags = (*flags, "--smoke")
+        how = ("--steps", steps, "--preview-every", 10_000, "--seed", table.seed, "--output", output, "--overwrite")
+        command = [sys.executable, "train_mnist.py", *flags, *how]
+        subprocess.run([str(word) for word in command], cwd=ROOT / LESSON, check=True, stdout=subprocess.DEVNULL)
+        trained = load(LESSON, str(output / "checkpoint.pt"))
+        variance, K = trained.config.variance, len(trained.betas)
+        some = load_images("mnist", "test")[:50] / 127.5 - 1
+        value = fid(sample(trained, table, min(50, K), variance))
+        table.add(name, steps, fid=value, bits=float(bound(trained, some, K, table.seed)[variance].sum()))
+
+
+EXPERIMENTS = {"calls": (calls, 1000), "bits": (bits, 250), "v": (v, 250), "gradient": (gradient, 100),
+               "ablation": (ablation, 500)}  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(lambda: measure(__doc__, LESSON, "improved_ddpm.csv", EXPERIMENTS))

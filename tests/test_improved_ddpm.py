@@ -1,0 +1,374 @@
+"""Lesson 9 without a network: schedules, the learned variance, its loss and its samplers on data N(mu, s^2).
+
+There x_t has the variance v_t = abar_t s^2 + 1 - abar_t, and the true step back has the variance beta_t v_{t-1} / v_t.
+"""
+
+import math
+
+import pytest
+import torch
+
+from lesson_05_ddpm import likelihood as likelihood_5
+from lesson_05_ddpm import sampler as sampler_5
+from lesson_09_improved_ddpm.likelihood import bits_per_dim
+from lesson_09_improved_ddpm.loss import (
+    bound_term,
+    hybrid_loss,
+    learned_log_variance,
+    noise_prediction_loss,
+    variational_term,
+)
+from lesson_09_improved_ddpm.noise_network import NoiseNetwork
+from lesson_09_improved_ddpm.noise_schedule import (
+    alpha_bars,
+    cosine_betas,
+    linear_betas,
+    posterior,
+    respaced_betas,
+    spaced_timesteps,
+)
+from lesson_09_improved_ddpm.sampler import ancestral_sampling, ddim_sampling
+from lesson_09_improved_ddpm.timestep_sampler import LossAwareTimesteps, UniformTimesteps
+
+LINEAR, COSINE = linear_betas(1000), cosine_betas(1000)
+MU, S, ABAR_1 = 0.3, 0.5, float(1 - LINEAR[0])
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def last(frames):
+    *_, x = frames
+    return x
+
+
+def true_variance(betas, s=S):
+    """beta_t v_{t-1} / v_t, (T,)."""
+    abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+    v = abar * s**2 + 1 - abar
+    return betas * v[:-1] / v[1:]
+
+
+def best_v(betas, s=S):
+    """The v (T,) of the true variance: how far its logarithm lies between those of beta_tilde and beta."""
+    low = posterior(betas)[2].clone()
+    low[0] = low[1]
+    return (true_variance(betas, s) / low).log() / (betas / low).log()
+
+
+def gaussian_network(betas, mu=MU, s=S, v=None, told=None):
+    """The exact noise prediction and, unless v is given, the exact v. told: what t each entry of betas goes by."""
+    abars, best = (1 - betas).cumprod(0), best_v(betas, s) if v is None else torch.full_like(betas, v)
+    index = {int(t): k for k, t in enumerate(range(len(betas)) if told is None else told)}
+
+    def network(x_t, t):
+        k = torch.tensor([index[n] for n in t.tolist()])
+        abar = abars[k][:, None, None, None]
+        eps = (1 - abar).sqrt() * (x_t - abar.sqrt() * mu) / (abar * s**2 + 1 - abar)
+        return eps, best[k][:, None, None, None].expand_as(x_t).to(x_t)
+
+    return network
+
+
+# Schedules
+
+
+def test_the_cosine_schedule():
+    for T in (100, 1000, 4000):
+        betas = cosine_betas(T)
+        assert betas.dtype == torch.float64 and betas.shape == (T,) and betas.max() <= 0.999
+        f = lambda t, T=T: math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2  # Eq. 17
+        for t in (1, T // 4, T // 2, T - 1):
+            assert float(alpha_bars(betas)[t - 1]) == pytest.approx(f(t) / f(0), rel=1e-9)
+        assert betas[-1] == 0.999 and (betas[:-1] < 0.999).all()  # the last beta alone is cut
+    assert math.sqrt(COSINE[0]) < 1 / 127.5  # what s = 0.008 is for: the first noise is below one gray level's bin
+    with pytest.raises(ValueError, match="T = 0"):
+        cosine_betas(0)
+
+
+def test_kept_timesteps_have_both_ends_and_are_evenly_spaced():
+    assert spaced_timesteps(1000, 10).tolist() == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    assert torch.equal(spaced_timesteps(50, 50), torch.arange(50))
+    for T, K in ((1000, 100), (1000, 25), (4000, 250)):
+        kept = spaced_timesteps(T, K)
+        assert kept.shape == (K,) and kept[0] == 0 and kept[-1] == T - 1
+        assert set(kept.diff().tolist()) <= {(T - 1) // (K - 1), (T - 1) // (K - 1) + 1}
+    for K in (1, 1001):
+        with pytest.raises(ValueError, match=f"not {K}"):
+            spaced_timesteps(1000, K)
+
+
+@pytest.mark.parametrize("betas", [LINEAR, COSINE], ids=["linear", "cosine"])
+def test_a_chain_with_some_of_the_timesteps_has_the_same_abar_there(betas):
+    kept = spaced_timesteps(1000, 37)
+    torch.testing.assert_close(alpha_bars(respaced_betas(betas, kept)), alpha_bars(betas)[kept], rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(respaced_betas(betas, torch.arange(1000)), betas, rtol=1e-9, atol=1e-15)
+
+
+# The learned variance
+
+
+def test_v_goes_from_beta_tilde_to_beta_on_a_logarithmic_scale():
+    t = torch.tensor([1, 10, 500])
+    low, high = posterior(LINEAR)[2][t], LINEAR[t]
+    for v, expected in ((0, low), (1, high), (0.5, (low * high).sqrt()), (-1, low**2 / high)):
+        found = learned_log_variance(torch.full((3, 1, 2, 2), v, dtype=torch.float64), LINEAR, t).exp()
+        torch.testing.assert_close(found, expected[:, None, None, None].expand(3, 1, 2, 2))
+    first = learned_log_variance(torch.zeros(1, 1, 1, 1, dtype=torch.float64), LINEAR, torch.tensor([0])).exp()
+    assert float(first) == pytest.approx(float(posterior(LINEAR)[2][1]))  # beta_tilde_2, for beta_tilde_1 is 0
+
+
+def test_the_true_variance_lies_between_and_tends_to_the_datas_at_the_noisy_end():
+    for betas in (LINEAR, COSINE):
+        v = best_v(betas)
+        assert (v > 0).all() and (v < 1).all()
+        assert float(v[-200]) == pytest.approx(S**2, abs=0.02) and v[1] > 0.99
+
+
+# The losses
+
+
+@pytest.mark.parametrize("s", [S, 0.1])
+def test_the_best_v_has_the_smallest_bound(s):
+    t, x_0, eps = torch.randint(1, 400, (300,)), MU + s * normal(300, 1, 6, 6), normal(300, 1, 6, 6, seed=1)
+    best = variational_term(gaussian_network(LINEAR, s=s), x_0, LINEAR, t, eps).mean()
+    for shift in (-0.3, 0.3):
+        exact = gaussian_network(LINEAR, s=s)
+        worse = lambda x_t, t, exact=exact, shift=shift: (exact(x_t, t)[0], exact(x_t, t)[1] + shift)
+        assert variational_term(worse, x_0, LINEAR, t, eps).mean() > best
+
+
+def test_the_bounds_gradient_moves_v_and_not_the_noise_prediction():
+    eps, v = (torch.full((4, 1, 3, 3), n, dtype=torch.float64, requires_grad=True) for n in (0.1, 0.4))
+    network = lambda x_t, t: (eps, v)
+    x_0, t = MU + S * normal(4, 1, 3, 3), torch.tensor([0, 1, 50, 999])
+    variational_term(network, x_0, LINEAR, t, normal(4, 1, 3, 3, seed=1)).sum().backward()
+    assert eps.grad is None and (v.grad != 0).all() and v.grad.isfinite().all()
+    v.grad = None
+    bound_term(network, x_0, LINEAR, t, normal(4, 1, 3, 3, seed=1)).sum().backward()
+    assert (eps.grad != 0).any() and eps.grad.isfinite().all()  # in the objective vlb both move
+
+
+def test_hybrid_is_l_simple_and_lambda_times_the_whole_bound():
+    """The factor T: over uniform t, the mean of lambda T L_t is lambda (L_0 + ... + L_{T-1})."""
+    betas = linear_betas(25, 0.004, 0.8)
+    network, x_0 = gaussian_network(betas), (MU + S * normal(400, 1, 6, 6)).clamp(-1, 1)
+    t, eps = torch.arange(400) % 25, normal(400, 1, 6, 6, seed=2)  # every t as often
+    simple = noise_prediction_loss(network, x_0, alpha_bars(betas), t, eps)
+    terms = bits_per_dim(network, x_0, betas, clip=False, generator=torch.Generator().manual_seed(1))
+    for lambda_ in (0.001, 1.0):
+        found = hybrid_loss(network, x_0, betas, t, eps, lambda_).mean()
+        expected = simple.mean() + lambda_ * terms[:, :-1].sum(1).mean()
+        assert float(found) == pytest.approx(float(expected), rel=0.02)
+    assert float(terms[:, :-1].sum(1).mean()) > 1  # so that the term is seen
+
+
+def test_hybrid_calls_the_network_once():
+    calls = []
+    exact = gaussian_network(LINEAR)
+    network = lambda x_t, t: calls.append(t) or exact(x_t, t)
+    hybrid_loss(network, normal(2, 1, 3, 3), LINEAR, torch.tensor([0, 700]), normal(2, 1, 3, 3, seed=1))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("v, variance", [(0.0, "small"), (1.0, "large")])
+def test_terms_are_lesson_5s_where_v_is_0_or_1(v, variance):
+    """But for L_0 with beta, for which lesson 5 has beta_tilde_2."""
+    x_0, noise = normal(3, 1, 4, 4).clamp(-1, 1), lambda: torch.Generator().manual_seed(3)
+    betas = linear_betas(30, 0.01, 0.4)
+    network = gaussian_network(betas, v=v)
+    ours = bits_per_dim(network, x_0, betas, generator=noise())
+    fixed = bits_per_dim(network, x_0, betas, generator=noise(), variance=variance)
+    theirs = likelihood_5.bits_per_dim(lambda x, t: network(x, t)[0], x_0, betas, variance, generator=noise())
+    torch.testing.assert_close(ours[:, 1:], theirs[:, 1:], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fixed, theirs, rtol=1e-9, atol=1e-12)
+    if v == 0:
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_one_term_of_the_loss_is_that_of_the_bound(monkeypatch):
+    monkeypatch.setattr("lesson_09_improved_ddpm.likelihood.noise_like", lambda x, generator: torch.full_like(x, 0.6))
+    betas, x_0 = linear_betas(20, 0.01, 0.4), normal(2, 1, 3, 3).clamp(-1, 1)
+    network = gaussian_network(betas, v=0.3)
+    whole = bits_per_dim(network, x_0, betas, clip=False)
+    for n in (0, 1, 19):
+        found = bound_term(network, x_0, betas, torch.full((2,), n), torch.full_like(x_0, 0.6))
+        torch.testing.assert_close(found, whole[:, n], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("betas", [LINEAR, COSINE, cosine_betas(4000)], ids=["linear", "cosine", "cosine 4000"])
+def test_with_the_true_variance_the_bound_is_the_information_in_x_1(betas):
+    """L_1 + ... + L_{T-1} + L_T = I(x_0; x_1) + KL(q(x_T) | N(0, 1)), and no other variance has as little."""
+    abar, (c1, _, beta_tilde) = (1 - betas).cumprod(0), posterior(betas)
+    error = S**2 * (1 - abar) / (abar * S**2 + 1 - abar)  # Var(x_0 | x_t)
+    bits = lambda sigma2: (0.5 * ((sigma2 / beta_tilde).log() - 1 + (beta_tilde + c1**2 * error) / sigma2))[1:].sum()
+    information = 0.5 * math.log(S**2 / float(error[0]))
+    v_T = float(abar[-1]) * S**2 + 1 - float(abar[-1])
+    m_T = math.sqrt(abar[-1]) * MU
+    prior = 0.5 * (float(abar[-1]) * (S**2 + MU**2 - 1) - math.log1p(-float(abar[-1])))  # E[L_T]
+    assert float(bits(true_variance(betas))) + prior == pytest.approx(
+        information + 0.5 * (v_T + m_T**2 - 1 - math.log(v_T)), rel=1e-6
+    )
+    assert bits(beta_tilde) > bits(true_variance(betas)) < bits(betas)
+
+
+def test_a_certain_pixel_wants_a_variance_below_beta_tilde():
+    """x_0 = -1, at the first step: the smaller the variance, the more of the bell is in the pixel's bin."""
+    x_0, t = torch.full((1, 1, 2, 2), -1.0, dtype=torch.float64), torch.tensor([0])
+    costs = []
+    for v in (1.0, 0.0, -1.0, -4.0):
+        network = lambda x_t, t, v=v: ((x_t + math.sqrt(ABAR_1)) / math.sqrt(1 - ABAR_1), torch.full_like(x_t, v))
+        costs.append(float(variational_term(network, x_0, LINEAR, t, normal(1, 1, 2, 2))))
+    assert costs == sorted(costs, reverse=True) and costs[-1] < 0.1 < 0.5 < costs[1]
+    for v, cost in zip((1.0, 0.0), costs):  # half of the bell, and what is within half a bin of its middle
+        sigma = math.sqrt(LINEAR[0] if v else posterior(LINEAR)[2][1])
+        assert cost == pytest.approx(-math.log2(0.5 * (1 + math.erf(1 / 255 / sigma / math.sqrt(2)))), rel=1e-6)
+
+
+# Sampling
+
+
+def variance_left(betas, fresh, s=S):
+    """The variance at the end of the chain, by the recursion of lesson 5's tests."""
+    abar = [1.0, *(1 - betas).cumprod(0).tolist()]
+    v, V = [a * s**2 + 1 - a for a in abar], 1.0
+    for t in range(len(betas), 0, -1):
+        A = math.sqrt(1 - float(betas[t - 1])) * v[t - 1] / v[t]
+        V = A**2 * V + (float(fresh[t - 1]) if t > 1 else 0)
+    return V
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("K", [100, 10])
+def test_the_variance_of_a_chain_with_few_steps(schedule, K):
+    """Small leaves too little, large too much, the true one what belongs there, whatever K."""
+    kept = spaced_timesteps(1000, K)
+    betas = respaced_betas(schedule, kept)
+    network = gaussian_network(betas, told=kept)
+    left = {}
+    for variance, fresh in (("small", posterior(betas)[2]), ("learned", true_variance(betas)), ("large", betas)):
+        x = last(ancestral_sampling(network, normal(1500, 1, 4, 4), betas, kept, clip=False, variance=variance,
+                                    generator=torch.Generator().manual_seed(1)))  # fmt: skip
+        left[variance] = variance_left(betas, fresh)
+        assert float(x.var()) == pytest.approx(left[variance], rel=0.03)
+        assert float(x.mean()) == pytest.approx(MU, abs=0.02)
+    assert left["small"] < left["learned"] < left["large"]
+    assert left["learned"] == pytest.approx(S**2, rel=0.001)
+
+
+def test_the_v_of_the_fine_chain_is_nearly_right_for_the_coarse_one():
+    """What respacing relies on: v, and not the variance, carries over. The variance itself would be far too small."""
+    kept = spaced_timesteps(1000, 50)
+    betas = respaced_betas(LINEAR, kept)
+    low = posterior(betas)[2].clone()
+    low[0] = low[1]
+    v = best_v(LINEAR)[kept]
+    assert variance_left(betas, (v * betas.log() + (1 - v) * low.log()).exp()) == pytest.approx(S**2, rel=0.02)
+    assert variance_left(betas, true_variance(LINEAR)[kept]) < 0.1 * S**2
+
+
+def test_fixed_variances_and_ddim_are_lesson_5s(monkeypatch):
+    noise = [normal(2, 1, 4, 4, seed=k) for k in range(40)]
+    x, kept = normal(2, 1, 4, 4, seed=77), torch.arange(20)
+    betas = linear_betas(20, 0.01, 0.4)
+    eps = lambda x_t, t: torch.tanh(x_t + 0.1 * t[:, None, None, None])
+    network = lambda x_t, t: (eps(x_t, t), torch.full_like(x_t, 0.7))
+    for module in ("lesson_05_ddpm", "lesson_09_improved_ddpm"):
+        monkeypatch.setattr(f"{module}.sampler.noise_like", lambda x, generator: noise[int(1000 * x.abs().sum()) % 40])
+    for variance in ("small", "large"):
+        ours = list(ancestral_sampling(network, x, betas, kept, variance=variance))
+        theirs = list(sampler_5.ancestral_sampling(eps, x, betas, variance))
+        torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-12)
+    ours = list(ddim_sampling(network, x, alpha_bars(betas), kept))
+    theirs = list(sampler_5.ddim_sampling(eps, x, alpha_bars(betas), kept))
+    torch.testing.assert_close(ours[-1], theirs[-1], rtol=0, atol=1e-12)
+
+
+def test_the_network_is_told_the_original_t_and_the_last_step_adds_no_noise():
+    seen, kept = [], spaced_timesteps(1000, 4)
+    network = lambda x_t, t: seen.append(t.tolist()) or (torch.zeros_like(x_t), torch.ones_like(x_t))
+    betas = respaced_betas(LINEAR, kept)
+    frames = list(ancestral_sampling(network, normal(2, 1, 2, 2), betas, kept, clip=False))
+    assert seen == [[999, 999], [666, 666], [333, 333], [0, 0]]
+    torch.testing.assert_close(frames[-1], frames[-2] / (1 - betas[0]).sqrt())
+    with pytest.raises(ValueError, match="learned"):
+        next(ancestral_sampling(network, normal(1, 1, 2, 2), betas, kept, variance="free"))
+
+
+# Which t
+
+
+def test_uniform_timesteps():
+    t, weights = UniformTimesteps(1000).draw(64, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.long and (t // (1000 / 64)).long().tolist() == list(range(64)) and (weights == 1).all()
+
+
+def after_ten(losses):
+    """The sampler of len(losses) timesteps that has seen these losses ten times."""
+    sampler = LossAwareTimesteps(len(losses))
+    for _ in range(10):
+        sampler.update(torch.arange(len(losses)), losses)
+    return sampler
+
+
+def test_uniform_until_every_t_has_ten_losses():
+    sampler = LossAwareTimesteps(4)
+    for k in range(10):
+        assert torch.equal(sampler.probabilities(), torch.full((4,), 0.25, dtype=torch.float64))
+        sampler.update(torch.arange(4 if k < 9 else 3), torch.tensor([1.0, 2, 3, 4])[: 4 if k < 9 else 3])
+    assert sampler.probabilities()[0] == 0.25
+    sampler.update(torch.tensor([3]), torch.tensor([4.0]))
+    p = torch.tensor([1.0, 2, 3, 4]) / 10
+    torch.testing.assert_close(sampler.probabilities().float(), 0.999 * p + 0.001 / 4)
+
+
+def test_only_the_last_ten_losses_count():
+    sampler = after_ten(torch.ones(3))
+    for _ in range(10):
+        sampler.update(torch.tensor([0, 1, 2]), torch.tensor([3.0, 1.0, 1.0]))
+    torch.testing.assert_close(sampler.probabilities(), 0.999 * torch.tensor([0.6, 0.2, 0.2]).double() + 0.001 / 3)
+
+
+def test_the_weighted_loss_is_unbiased_and_less_noisy():
+    losses = torch.logspace(0, -4, 50)
+    sampler, generator = after_ten(losses), torch.Generator().manual_seed(0)
+    assert float(sampler.probabilities().sum()) == pytest.approx(1) and sampler.probabilities().min() >= 0.001 / 50
+    draws = [sampler.draw(64, generator) for _ in range(2000)]
+    t, weights = (torch.cat(each) for each in zip(*draws))
+    shares = t.bincount(minlength=50) / len(t)
+    torch.testing.assert_close(shares, sampler.probabilities().float(), rtol=0.05, atol=2e-4)
+    torch.testing.assert_close(weights, 1 / (50 * sampler.probabilities()[t]).float())
+    weighted = weights * losses[t]
+    assert float(weighted.mean()) == pytest.approx(float(losses.mean()), rel=0.01)
+    assert weighted.std() < 0.1 * losses.std()  # with p ~ L it would be zero, but for the thousandth
+
+
+def test_the_history_goes_on_after_a_resume():
+    sampler = after_ten(torch.linspace(0.1, 2, 20))
+    other = LossAwareTimesteps(20)
+    other.load_state_dict(sampler.state_dict())
+    for each in (sampler, other):
+        each.update(torch.tensor([4]), torch.tensor([9.0]))
+    assert torch.equal(sampler.probabilities(), other.probabilities())
+    with pytest.raises(ValueError, match="history"):
+        LossAwareTimesteps(30).load_state_dict(sampler.state_dict())
+
+
+# The network
+
+
+@pytest.mark.parametrize("scale_shift", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_network_returns_noise_and_v(scale_shift, channels):
+    network = NoiseNetwork(channels, width=8, levels=2, blocks=1, patch=2, scale_shift=scale_shift)
+    x = torch.randn(2, channels, 20, 20)
+    eps, v = network(x, torch.tensor([0, 999]))
+    assert eps.shape == v.shape == x.shape and eps.dtype == v.dtype == torch.float32
+    assert not eps.any() and (v == 0.5).all()  # the start: half-way between both variances
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    eps, v = network(x, torch.tensor([0, 999]))
+    (eps.square().sum() + v.square().sum()).backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
