@@ -290,6 +290,7 @@ def test_no_docstrings_a_safe_path_and_a_terminal_that_knows_no_umlauts(lesson, 
     assert b"\r" not in ran.stderr  # in a file, each state of the bar is a line
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm")
 def test_closed_streams_and_started_as_a_module(lesson, pictures, tmp_path):
     how = start_oddly(lesson, ["-m", f"{lesson.name}.train_mnist"], pictures, tmp_path / "run")
     words = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *how["args"]]
