@@ -3,7 +3,6 @@
 import csv
 import subprocess
 import sys
-from csv import reader
 
 import pytest
 import torch
@@ -135,18 +134,18 @@ def test_techniques_that_cannot_run(tmp_path):
 def test_the_measurements_of_the_diffusion_models_run_and_go_on(name, number, tmp_path):
     first = run_script(f"{name}.py", "--smoke", "--output", tmp_path)
     assert first.returncode == 0, first.stderr
-    csv = tmp_path / f"{name}.csv"
-    lines = csv.read_text().splitlines()
+    file = tmp_path / f"{name}.csv"
+    lines = file.read_text().splitlines()
     assert lines[0] == ",".join(figures.TECHNIQUES_COLUMNS)
-    with csv.open(newline="") as text:
-        rows = [tuple(row[:4]) for row in reader(text)]
+    with file.open(newline="") as text:
+        rows = [tuple(row[:4]) for row in csv.reader(text)]
     assert len(rows) == len(set(rows)) > 20
     for figure in {"05": ("calls", "loss"), "09": ("calls", "v")}[number]:
         make = figures_ddpm.FIGURES[f"lesson_{number}_{figure}"]
-        make(tmp_path / "figure.png", csv)
+        make(tmp_path / "figure.png", file)
         assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     again = run_script(f"{name}.py", "--smoke", "--output", tmp_path)
-    assert again.returncode == 0 and csv.read_text().splitlines() == lines
+    assert again.returncode == 0 and file.read_text().splitlines() == lines
 
 
 def test_the_variance_that_few_steps_leave():

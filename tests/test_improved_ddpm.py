@@ -3,7 +3,9 @@
 There x_t has the variance v_t = abar_t s^2 + 1 - abar_t, and the true step back has the variance beta_t v_{t-1} / v_t.
 """
 
+import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +31,9 @@ from lesson_09_improved_ddpm.noise_schedule import (
 )
 from lesson_09_improved_ddpm.sampler import ancestral_sampling, ddim_sampling
 from lesson_09_improved_ddpm.timestep_sampler import LossAwareTimesteps, UniformTimesteps
+from tests.running import quick, read_checkpoint, script
 
+NINE = "lesson_09_improved_ddpm"
 LINEAR, COSINE = linear_betas(1000), cosine_betas(1000)
 MU, S, ABAR_1 = 0.3, 0.5, float(1 - LINEAR[0])
 
@@ -372,3 +376,100 @@ def test_the_network_returns_noise_and_v(scale_shift, channels):
     eps, v = network(x, torch.tensor([0, 999]))
     (eps.square().sum() + v.square().sum()).backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# Training and sampling put together
+
+
+@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb"])
+def test_a_step_is_that_of_the_objective_and_the_weights(objective, tmp_path):
+    """The losses get digits in [-1, 1], new noise and the schedule; the gradient is that of the weighted mean."""
+    functions = {"simple": noise_prediction_loss, "hybrid": hybrid_loss, "vlb": bound_term}
+    module, T, seen = script(NINE), 50, SimpleNamespace(losses=[], gradients=[], updates=[])
+
+    def spied(loss):
+        def called(network, *arguments):
+            value = loss(network, *arguments)
+            seen.losses.append((loss, arguments, value.detach()))
+            return value
+
+        return called
+
+    class Chosen(UniformTimesteps):
+        def draw(self, B, generator=None):
+            t, _ = super().draw(B, generator)
+            return t, torch.arange(B) / 4.0
+
+        def update(self, t, losses):
+            seen.updates.append((t, losses))
+
+    class Optimizer(module.Optimizer):
+        def __init__(self, network, name):
+            super().__init__(network, name)
+            for parameter in network.parameters():  # or many of them would have no gradient yet
+                if not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.1)
+            self.network, seen.start = network, copy.deepcopy(network)
+
+        def step(self, rate):
+            seen.gradients.append([p.grad.clone() for p in self.network.parameters()])
+            super().step(rate)
+
+    names = {name: spied(getattr(module, name)) for name in ("noise_prediction_loss", "hybrid_loss", "bound_term")}
+    flags = ("--objective", objective, "--lambda-vlb", 0.5, "--T", T, "--clip", "inf", "--output", tmp_path)
+    result = quick(NINE, *flags, **names, UniformTimesteps=Chosen, Optimizer=Optimizer)
+    assert result.status == 0, result.stderr
+    assert len(seen.losses) == len(seen.updates) == 5
+    expected = getattr(module, functions[objective].__name__)
+    for (loss, (x_0, table, t, eps, *more), value), (told, losses) in zip(seen.losses, seen.updates, strict=True):
+        assert loss is expected and more == ([0.5] if objective == "hybrid" else [])
+        betas = cosine_betas(T)
+        torch.testing.assert_close(table, alpha_bars(betas) if objective == "simple" else betas)
+        assert x_0.min() == -1 and 0.9 < x_0.max() <= 1 and float(eps.std()) == pytest.approx(1, abs=0.05)
+        assert torch.equal(told, t) and torch.equal(losses, value)
+    assert not torch.equal(seen.losses[0][1][3], seen.losses[1][1][3])
+    _, arguments, _ = seen.losses[0]
+    gradient = torch.autograd.grad((torch.arange(16) / 4 * expected(seen.start, *arguments)).mean(),
+                                   list(seen.start.parameters()))  # fmt: skip
+    norm = float(torch.stack([g.norm() for g in gradient]).norm())
+    for mine, g in zip(seen.gradients[0], gradient, strict=True):
+        torch.testing.assert_close(mine, g, rtol=1e-3, atol=1e-5 * norm)
+
+
+def test_a_resume_goes_on_with_the_history_of_importance_sampling(tmp_path):
+    """With four timesteps and batches of 16, it is uniform no longer when the run stops."""
+    flags = ("--objective", "vlb", "--timesteps", "importance")
+    assert quick(NINE, *flags, "--steps", 8, "--output", tmp_path / "straight").status == 0
+    assert quick(NINE, *flags, "--steps", 4, "--output", tmp_path / "halves").status == 0
+    assert read_checkpoint(tmp_path / "halves")["timesteps"]["count"].min() >= 10
+    result = quick(NINE, "--resume", "--steps", 8, "--output", tmp_path / "halves")
+    assert result.status == 0, result.stderr
+    straight, halves = (read_checkpoint(tmp_path / name) for name in ("straight", "halves"))
+    assert straight["timesteps"]["count"].sum() == 8 * 16
+    for part in ("network", "ema", "timesteps"):
+        for name, values in straight[part].items():
+            assert torch.equal(values, halves[part][name]), name
+
+
+def test_samples_of_a_shorter_chain_have_the_variance_of_the_flag():
+    """v = 0 is the small variance and v = 1 the large one; the network is told the timesteps that are kept."""
+    module, found, told = script(NINE, "sample"), {}, []
+    config = SimpleNamespace(T=40, schedule="cosine", clip_x_0=True)
+    for v in (0.0, 1.0):
+
+        class Network(torch.nn.Linear):
+            def forward(self, x, t, v=v):
+                told.append(int(t[0]))
+                return torch.tanh(x), torch.full_like(x, v)
+
+        for config.variance in ("learned", "small", "large"):
+            noise = torch.Generator().manual_seed(1)
+            found[v, config.variance] = last(module.draw(Network(1, 1), config, (2, 1, 4, 4), noise, "ancestral", 5))
+    assert told == 6 * [39, 29, 20, 10, 0]
+    noise, kept = torch.Generator().manual_seed(1), torch.tensor([0, 10, 20, 29, 39])
+    x, betas = torch.randn(2, 1, 4, 4, generator=noise), respaced_betas(cosine_betas(40), kept)
+    x = last(ancestral_sampling(Network(1, 1), x, betas, kept, generator=noise))
+    torch.testing.assert_close(found[1.0, "learned"], (x + 1) / 2)
+    assert torch.equal(found[0.0, "learned"], found[0.0, "small"])
+    assert torch.equal(found[1.0, "learned"], found[1.0, "large"])
+    assert not torch.allclose(found[0.0, "small"], found[0.0, "large"])
