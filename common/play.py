@@ -171,7 +171,6 @@ def play(lesson: ModuleType, options: Namespace) -> None:
     elif options.verb == "denoise":
         y = load_picture(options.denoise, *shape[1::-1]) / 255 if options.denoise else pictures("test", n)
         images = show_denoising(*how, y.to(device), seed, precision, output)
-
     elif options.verb in own_pictures(lesson):
         some = pictures("test", 2 * n)  # of a folder, perhaps fewer
         pairs = some[torch.arange(2 * n) % len(some)].unflatten(0, (-1, 2)).to(device)

@@ -1,11 +1,12 @@
 """What lesson 5 measures: `python docs/ddpm.py`, or names of some of its experiments.
 
 All but `prediction`, which trains, take the network of lesson_05_ddpm/pretrained.pt. Adds lines to docs/ddpm.csv after
-each measurement, and leaves out those that are there; `python docs/figures.py` makes pictures of them.
+each measurement, and leaves out those that are there; `python docs/figures_ddpm.py` makes pictures of them.
 """
 
 import copy
 import functools
+import importlib
 import itertools
 import math
 import sys
@@ -86,6 +87,19 @@ def calls(table: Table, five: SimpleNamespace) -> None:
             table.add(setting, K, fid=fid(((x + 1) / 2).cpu()))
 
 
+def called_once(network: Callable) -> Callable:
+    """The network for several bounds in turn: the same noisy images come for each, and it is called for the first."""
+    cache = {}
+
+    def called(x, t):
+        if int(t[0]) not in cache:
+            cache.clear()
+            cache[int(t[0])] = network(x, t)
+        return cache[int(t[0])]
+
+    return called
+
+
 @torch.no_grad()
 def bits(table: Table, five: SimpleNamespace) -> None:
     """What does each step cost in bits per dimension, and how far is the guess from the picture? (Sec. 4.3)"""
@@ -95,16 +109,7 @@ def bits(table: Table, five: SimpleNamespace) -> None:
         return
     found = {each: [] for each in settings}
     for part in images.split(250):
-        cache = {}
-
-        def network(x, t, cache=cache):
-            """The same noisy pictures come four times: call the network once."""
-            if int(t[0]) not in cache:
-                cache.clear()
-                cache[int(t[0])] = five.network(x, t)
-            return cache[int(t[0])]
-
-        x_0 = 2 * part - 1
+        x_0, network = 2 * part - 1, called_once(five.network)
         generators = (torch.Generator(x_0.device).manual_seed(table.seed) for _ in settings)
         each = [terms(network, x_0, five.betas, *how, noise) for how, noise in zip(settings, generators)]
         for step in zip(*each, strict=True):
@@ -172,6 +177,7 @@ def weights(prediction: str, objective: str, betas: Tensor) -> Tensor:
 def prediction(table: Table, five: SimpleNamespace) -> None:
     """What should the network predict, and with which weights? (Table 2 of the paper, at equal time)"""
     T, betas, device = len(five.betas), five.betas, choose_device()
+    train_mnist = importlib.import_module("train_mnist")  # the lesson's: `load` has put its folder first
     config = copy.copy(five.config)
     config.steps = 3 if table.smoke else 800
     images = load_images("mnist").to(device)
@@ -195,18 +201,14 @@ def prediction(table: Table, five: SimpleNamespace) -> None:
         for step in range(1, config.steps + 1):
             some = torch.randint(len(images), (config.batch_size,), generator=generator, device=device)
             x_0 = images[some] / 127.5 - 1
-            u = torch.rand(1, generator=generator, device=device)
-            t = ((torch.arange(len(x_0), device=device) + u) / len(x_0) * T).long().clamp(max=T - 1)
+            t = train_mnist.draw_timesteps(len(x_0), T, generator)
             eps = noise_like(x_0, generator)
             with autocast(device, precision):
                 error = (eps - noise(network, noisy_image(x_0, five.alpha_bars, t, eps), t)).square().mean((1, 2, 3))
             (w[t] * error).mean().backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
             optimizer.step(learning_rate(step, config))
-            with torch.no_grad():
-                d = min(config.ema_decay, (1 + step) / (10 + step))
-                for average, weight in zip(ema.parameters(), network.parameters(), strict=True):
-                    average.lerp_(weight, 1 - d)
+            train_mnist.update_ema(ema, network, step, config.ema_decay)
         batched, start = InBatches(ema.eval(), precision), table.noise()
         x = start.like(torch.empty(table.n, 1, 28, 28)).to(device)
         K = min(100, T)

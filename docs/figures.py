@@ -613,18 +613,18 @@ FIGURES = {
 }
 
 
-def main() -> None:
-    """Makes the figures that are named, or all."""
-    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(FIGURES)} (default: all)")
+def make(doc: str, figures: dict[str, Callable[[Path], None]]) -> None:
+    """Makes those of the figures that are named on the command line, or all; doc is the script's docstring."""
+    parser = ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(figures)} (default: all)")
     parser.add_argument("--output", default=str(DOCS / "images"), help="folder (default: docs/images)")
     options = parser.parse_args()
     for name in options.names:
-        if name not in FIGURES:
-            raise LessonError(f"there is no figure {name}: choose from {', '.join(FIGURES)}")
-    for name in options.names or FIGURES:
-        FIGURES[name](Path(options.output) / f"{name}.png")
+        if name not in figures:
+            raise LessonError(f"there is no figure {name}: choose from {', '.join(figures)}")
+    for name in options.names or figures:
+        figures[name](Path(options.output) / f"{name}.png")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: make(__doc__, FIGURES))

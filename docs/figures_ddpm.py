@@ -7,7 +7,7 @@ writes.
 
 import math
 import sys
-from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,29 +17,46 @@ from torch import Tensor
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))  # the folder that holds common/ and the lessons
 
-from figures import BLUE, GREEN, ORANGE, PINK, SIGMA_1, SIGMA_L, log_ticks, panels, read_experiment, save, show_grid
+from figures import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    SIGMA_1,
+    SIGMA_L,
+    log_ticks,
+    make,
+    panels,
+    read_experiment,
+    save,
+    show_grid,
+)
 
 from common.cli import run
 from common.data import load_images
-from common.errors import LessonError
 from lesson_05_ddpm.loss import noisy_image
-from lesson_05_ddpm.noise_schedule import alpha_bars, linear_betas, posterior
+from lesson_05_ddpm.noise_schedule import alpha_bars, linear_betas
+from lesson_09_improved_ddpm.loss import posterior_variance
 from lesson_09_improved_ddpm.noise_schedule import cosine_betas, respaced_betas, spaced_timesteps
 
 MEASURED, MEASURED_9 = DOCS / "ddpm.csv", DOCS / "improved_ddpm.csv"
 BETAS = linear_betas(1000)
 
 
-def forward_process(path: Path) -> None:
-    """One digit at eleven t, and the noise at each t beside the noise levels of lesson 4."""
-    abars = alpha_bars(BETAS)
+def noisy_digit(abars: Tensor) -> Tensor:
+    """One digit (11, 1, 28, 28) in [0, 1] at t = 1, 100, 200, ..., 1000, with the same noise."""
     t = torch.tensor([1, *range(100, 1001, 100)]) - 1
     x_0 = load_images("mnist")[7:8] / 127.5 - 1
     z = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
-    x_t = (noisy_image(x_0.expand(len(t), -1, -1, -1), abars, t, z.expand(len(t), -1, -1, -1)) + 1) / 2
+    return (noisy_image(x_0.expand(len(t), -1, -1, -1), abars, t, z.expand(len(t), -1, -1, -1)) + 1) / 2
+
+
+def forward_process(path: Path) -> None:
+    """One digit at eleven t, and the noise at each t beside the noise levels of lesson 4."""
+    abars = alpha_bars(BETAS)
     figure = Figure(figsize=(6, 3.7), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(1, 4))
-    show_grid(above, x_t[None])
+    show_grid(above, noisy_digit(abars)[None])
     below.grid(alpha=0.3)
     above.set_title("$x_t$ for t = 1, 100, 200, ..., 1000", fontsize=12)
     sigma = ((1 - abars) / abars).sqrt() / 2  # in the unit of pixels in [0, 1]
@@ -64,9 +81,8 @@ def fresh_variances(K: int, mu: float = 0.3, s: float = 0.5) -> tuple[Tensor, Te
     found = {}
     for name, betas in (("fine", BETAS), ("coarse", respaced_betas(BETAS, kept))):
         abars = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
-        v, low = abars * s**2 + 1 - abars, posterior(betas)[2].clone()
-        low[0] = low[1]
-        found[name] = betas, v, low, betas * v[:-1] / v[1:]
+        v = abars * s**2 + 1 - abars
+        found[name] = betas, v, posterior_variance(betas), betas * v[:-1] / v[1:]
     betas, v, low, true = found["fine"]
     share = ((true / low).log() / (betas / low).log())[kept]  # v of Eq. 15
     betas, v, low, true = found["coarse"]
@@ -88,20 +104,29 @@ def variance_left(K: int, rule: str, mu: float = 0.3, s: float = 0.5) -> float:
     return float(V)
 
 
-def variance(path: Path) -> None:
-    """What both fixed variances leave of data N(0.3, 0.5^2), over the number of steps: no network is needed."""
+RULES = {
+    "large": ("large: $\\beta_t$", ORANGE, "o-"),
+    "true": ("true", GREEN, "^-"),
+    "learned": ("$v$ of the 1000 steps", PINK, "D:"),
+    "small": ("small: $\\tilde\\beta_t$", BLUE, "s-"),
+}
+
+
+def variance(path: Path, rules: tuple[str, ...] = ("large", "small")) -> None:
+    """What the rules for the variance leave of data N(0.3, 0.5^2), over the number of steps: no network is needed."""
     Ks = (5, 10, 25, 50, 100, 250, 1000)
-    figure, (panel,) = panels(1, 3.4)
-    for name, label, color in (("large", "large: $\\beta_t$", ORANGE), ("small", "small: $\\tilde\\beta_t$", BLUE)):
-        left = [variance_left(K, name) for K in Ks]
-        print(f"{name}: " + ", ".join(f"{K} steps {V:.4f}" for K, V in zip(Ks, left)))
-        panel.plot(Ks, left, "o-", color=color, linewidth=2, label=label)
-    panel.axhline(0.25, color="black", linestyle="--", label="the data's: 0.25")
+    figure, (panel,) = panels(1, 3.6)
+    for rule in rules:
+        label, color, style = RULES[rule]
+        left = [variance_left(K, rule) for K in Ks]
+        print(f"{rule}: " + ", ".join(f"{K} steps {V:.4f}" for K, V in zip(Ks, left)))
+        panel.plot(Ks, left, style, color=color, linewidth=2, label=label)
+    panel.axhline(0.25, color="black", linestyle="--", linewidth=1, label="the data's: 0.25")
     panel.set(xscale="log")
     log_ticks(panel.xaxis, Ks)
     panel.set_xlabel("steps", fontsize=12)
     panel.set_ylabel("variance of the samples", fontsize=12)
-    panel.legend(fontsize=11)
+    panel.legend(fontsize=10)
     save(figure, path)
 
 
@@ -156,37 +181,13 @@ def loss(path: Path, source: Path = MEASURED) -> None:
     save(figure, path)
 
 
-def learned_variance(path: Path) -> None:
-    """As `variance`, with the true variance, and with the v of all 1000 steps on few of them."""
-    Ks = (5, 10, 25, 50, 100, 250, 1000)
-    figure, (panel,) = panels(1, 3.6)
-    for name, label, color, style in (
-        ("large", "large: $\\beta_t$", ORANGE, "o-"), ("true", "true", GREEN, "^-"),
-        ("learned", "$v$ of the 1000 steps", PINK, "D:"), ("small", "small: $\\tilde\\beta_t$", BLUE, "s-"),
-    ):  # fmt: skip
-        left = [variance_left(K, name) for K in Ks]
-        print(f"{name}: " + ", ".join(f"{K} steps {V:.4f}" for K, V in zip(Ks, left)))
-        panel.plot(Ks, left, style, color=color, linewidth=2, label=label)
-    panel.axhline(0.25, color="black", linestyle="--", linewidth=1, label="the data's: 0.25")
-    panel.set(xscale="log")
-    log_ticks(panel.xaxis, Ks)
-    panel.set_xlabel("steps", fontsize=12)
-    panel.set_ylabel("variance of the samples", fontsize=12)
-    panel.legend(fontsize=10)
-    save(figure, path)
-
-
 def schedules(path: Path) -> None:
     """The share of the image's variance in x_t, and a digit at eleven t, on both schedules."""
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     above, middle, below = figure.subplots(3, 1, height_ratios=(1, 1, 4))
-    t = torch.tensor([1, *range(100, 1001, 100)]) - 1
-    x_0 = load_images("mnist")[7:8] / 127.5 - 1
-    z = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
     for panel, name, betas, color in ((above, "linear", BETAS, ORANGE), (middle, "cosine", cosine_betas(1000), BLUE)):
         abars = alpha_bars(betas)
-        x_t = noisy_image(x_0.expand(len(t), -1, -1, -1), abars, t, z.expand(len(t), -1, -1, -1))
-        show_grid(panel, ((x_t + 1) / 2)[None])
+        show_grid(panel, noisy_digit(abars)[None])
         panel.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
         below.plot(range(1, 1001), abars, color=color, linewidth=2, label=name)
         print(f"{name}: half of the variance is gone at t = {int((abars > 0.5).sum()) + 1}")
@@ -203,8 +204,7 @@ def learned_v(path: Path, source: Path = MEASURED_9) -> None:
     betas = cosine_betas(1000)
     abars = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars(betas)])
     s = float((load_images("mnist", "test") / 127.5 - 1).std())
-    variances, low = abars * s**2 + 1 - abars, posterior(betas)[2].clone()
-    low[0] = low[1]
+    variances, low = abars * s**2 + 1 - abars, posterior_variance(betas)
     normal = (betas * variances[:-1] / variances[1:] / low).log() / (betas / low).log()
     figure, (panel,) = panels(1, 3.8)
     for name, label, color, marker in (("gray", "pixels between", GREEN, "o"), ("black", "black pixels", BLUE, "s")):
@@ -230,25 +230,12 @@ FIGURES = {
     "lesson_05_calls": calls,
     "lesson_05_rate": rate,
     "lesson_05_loss": loss,
-    "lesson_09_variance": learned_variance,
+    "lesson_09_variance": partial(variance, rules=tuple(RULES)),
     "lesson_09_schedules": schedules,
     "lesson_09_v": learned_v,
     "lesson_09_calls": calls_9,
 }
 
 
-def main() -> None:
-    """Makes the figures that are named, or all."""
-    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(FIGURES)} (default: all)")
-    parser.add_argument("--output", default=str(DOCS / "images"), help="folder (default: docs/images)")
-    options = parser.parse_args()
-    for name in options.names:
-        if name not in FIGURES:
-            raise LessonError(f"there is no figure {name}: choose from {', '.join(FIGURES)}")
-    for name in options.names or FIGURES:
-        FIGURES[name](Path(options.output) / f"{name}.png")
-
-
 if __name__ == "__main__":
-    run(main)
+    run(lambda: make(__doc__, FIGURES))

@@ -7,6 +7,7 @@ pictures of them.
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ddpm import GROUPS, load, measure
+from ddpm import GROUPS, called_once, load, measure
 from techniques import Table, fid
 
 from common.cli import run
@@ -61,15 +62,8 @@ def bound(nine: SimpleNamespace, x_0: Tensor, K: int, seed: int) -> dict[str, Te
     """Terms of the bound in bits/dim, means over x_0 (B, C, H, W) in [-1, 1], of t = 1, ..., K and of the prior:
     {variance: (K + 1,)}. The network is called once for all.
     """
-    kept, cache = evenly(len(nine.betas), K), {}
+    kept, network = evenly(len(nine.betas), K), called_once(nine.network)
     betas = respaced_betas(nine.betas, kept)
-
-    def network(x, t):
-        if int(t[0]) not in cache:
-            cache.clear()
-            cache[int(t[0])] = nine.network(x, t)
-        return cache[int(t[0])]
-
     generators = (torch.Generator(x_0.device).manual_seed(seed) for _ in VARIANCES)
     each = [terms(network, x_0, betas, kept, generator=g, variance=v) for g, v in zip(generators, VARIANCES)]
     steps = [[float(L.mean()) for L, _ in step] for step in zip(*each, strict=True)]
@@ -152,13 +146,13 @@ def ablation(table: Table, nine: SimpleNamespace) -> None:
     for name, flags in list(ABLATION.items())[: 1 if table.smoke else None]:
         if not table.missing(name, [steps]):
             continue
-        output = table.path.parent / "ablation"
         if table.smoke:
             flags = (*flags, "--smoke")
-        how = ("--steps", steps, "--preview-every", 10_000, "--seed", table.seed, "--output", output, "--overwrite")
-        command = [sys.executable, "train_mnist.py", *flags, *how]
-        subprocess.run([str(word) for word in command], cwd=ROOT / LESSON, check=True, stdout=subprocess.DEVNULL)
-        trained = load(LESSON, str(output / "checkpoint.pt"))
+        with tempfile.TemporaryDirectory() as output:
+            how = ("--steps", steps, "--preview-every", 10_000, "--seed", table.seed, "--output", output)
+            command = [sys.executable, "train_mnist.py", *flags, *how]
+            subprocess.run([str(word) for word in command], cwd=ROOT / LESSON, check=True, stdout=subprocess.DEVNULL)
+            trained = load(LESSON, str(Path(output) / "checkpoint.pt"))
         variance, K = trained.config.variance, len(trained.betas)
         some = load_images("mnist", "test")[:50] / 127.5 - 1
         value = fid(sample(trained, table, min(50, K), variance))

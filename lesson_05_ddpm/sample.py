@@ -111,10 +111,11 @@ def chain(network, config, x: Tensor, steps: Tensor, generator: Noise) -> Iterat
 def progress(network, config, n: int, seed: int, calls: int, x: Tensor) -> tuple[Tensor, int]:
     """show the network's guesses of the clean image, x_0-hat, along the chain (Fig. 6)"""
     generator, guesses = SeededNoise(range(seed, seed + n)), []
+    _, abars = schedule(config)
 
     def watched(x_t, t):
         eps = network(x_t, t)
-        guesses.append(clean_image(x_t, schedule(config)[1][t[0]], eps, config.clip_x_0))
+        guesses.append(clean_image(x_t, abars[t[0]], eps, config.clip_x_0))
         return eps
 
     for _ in chain(watched, config, generator.like(x[:, 0]), some_timesteps(config, calls), generator):
