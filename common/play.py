@@ -11,9 +11,10 @@ fill_in(network, config, y, known, generator, calls) -> y (N, C, H, W) with othe
 noise_levels(network, config) -> the names of the noise levels, from the noisiest on;
 noise_and_guess(network, config, x, z, k) -> x with noise z of level k, and the network's guess of the clean images.
 
-It may hold two more: OPTIONS, {field of config: values} that only samplers use, which become flags; and PICTURES,
-{flag: function(network, config, n, seed, calls, x)}, with pairs of test images x (n, 2, C, H, W), which returns images
-and how many are a row; the function's docstring is the flag's help.
+It may hold two more: OPTIONS, {field of config: values, or a type} that only samplers use, which become flags; and
+PICTURES, {flag: function(network, config, n, seed, calls, x)}, with pairs of test images x (n, 2, C, H, W), which
+returns images and how many are a row; the function's docstring is the flag's help. A field that the configuration of a
+training does not have is None if no flag names it.
 
 config is that of the training. Images are in [0, 1].
 """
@@ -76,8 +77,12 @@ def read_flags(lesson: ModuleType) -> Namespace:
     for name, function in own_pictures(lesson).items():
         add(flag_of(name), action="store_true", help=function.__doc__)
     for name, values in own_options(lesson).items():
-        how = {"action": BooleanOptionalAction} if True in values else {"choices": values}
-        parser.add_argument(flag_of(name), **how, help="(default: that of the training)")
+        if isinstance(values, type):
+            how = {"type": values, "metavar": values.__name__.upper()}
+        else:
+            kind = type(values[0])
+            how = {"action": BooleanOptionalAction} if kind is bool else {"choices": values, "type": kind}
+        parser.add_argument(flag_of(name), **how, help="for samplers (default: as the training has it)")
     options = parser.parse_args()
     for name, value in vars(options).items():
         if isinstance(value, str) and value.startswith("~"):
@@ -117,8 +122,8 @@ def play(lesson: ModuleType, options: Namespace) -> None:
     path, device = find_checkpoint(options.checkpoint, Path(lesson.__file__).parent), choose_device()
     network, config, checkpoint = load_network(lesson, path, device)
     for name in own_options(lesson):
-        if getattr(options, name) is not None:
-            setattr(config, name, getattr(options, name))
+        chosen = getattr(options, name)
+        setattr(config, name, getattr(config, name, None) if chosen is None else chosen)
     if options.info:
         return print_info(checkpoint, network, lesson.noise_levels(network, config), path)
     for name in (options.output, options.save_tensor, options.gif, options.strip):
