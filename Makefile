@@ -30,7 +30,7 @@ bench: $(VENV)/installed
 	"$(BIN)/python" -m common.bench
 
 diff:
-	diff -r -u0 -x output -x __pycache__ -x README.md -x '*.pt' --color=always lesson_0$(A)_* lesson_0$(B)_* | less -R
+	diff -r -u0 -x 'output*' -x __pycache__ -x README.md -x '*.pt' --color=always lesson_0$(A)_* lesson_0$(B)_* | less -R
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv "$(VENV)"

@@ -220,8 +220,10 @@ def prediction(table: Table, five: SimpleNamespace) -> None:
 EXPERIMENTS = {"calls": (calls, 1000), "bits": (bits, 1000), "loss": (loss, 1000), "prediction": (prediction, 500)}
 
 
-def measure(doc: str, lesson: str, csv: str, experiments: dict) -> None:
-    """Does the experiments that are named, or all: {name: (function(table, trained), how many images)}."""
+def measure(doc: str, lesson: str, csv: str, experiments: dict, load: Callable = load) -> None:
+    """Does the experiments that are named, or all: {name: (function(table, trained), how many images)}; trained is
+    load(lesson, path of the checkpoint, whether it is a smoke test).
+    """
     parser = ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(experiments)} (default: all)")
     parser.add_argument("--checkpoint", default=str(ROOT / lesson / "pretrained.pt"))

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PURE = (
     "noise_scales",
     "noise_schedule",
+    "sde",
     "score_network",
     "noise_network",
     "loss",

@@ -27,17 +27,22 @@ FEW_SCALES = {
     "lesson_03_ncsn": ("--L", 3, "--T", 1),
     "lesson_04_ncsnv2": ("--overlap", 0.01),
     "lesson_05_ddpm": ("--T", 4, "--beta-T", 0.5),
+    "lesson_07_score_sde": ("--N", 4),
     "lesson_09_improved_ddpm": ("--T", 4),
 }
+WITHOUT_7 = ("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm", "lesson_09_improved_ddpm")  # where common/ acts
 DIFFUSION = ("lesson_05_ddpm", "lesson_09_improved_ddpm")  # lessons with t in place of noise scales
-LOSS = {  # lessons 3 and 4 have denoising_score_matching_loss
+LOSS = {  # lessons 3, 4 and 7 have denoising_score_matching_loss
     "lesson_05_ddpm": "noise_prediction_loss",
     "lesson_09_improved_ddpm": "hybrid_loss",
 }
 
 
 def loss_of(lesson):
-    """The name of a lesson's loss, and the function: (network, x, table of the noise levels, level, noise) -> (B,)."""
+    """The name of a lesson's loss, and the function: (network, x, table of the noise levels, level, noise) -> (B,).
+
+    Lesson 7's has no table: its levels are the noise scales themselves.
+    """
     name = LOSS.get(lesson.name, "denoising_score_matching_loss")
     return name, getattr(lesson.loss, name)
 

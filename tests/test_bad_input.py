@@ -139,6 +139,24 @@ FLAGS_OF_LESSON_5 = [
 ]
 
 
+FLAGS_OF_LESSON_7 = [
+    ("--T 5", 2, "unrecognized arguments: --T 5"),
+    ("--overlap 0.5", 2, "unrecognized arguments: --overlap 0.5"),
+    ("--focus -1", 1, "--focus must lie between 0 and "),
+    ("--sigma-min 0", 1, "--sigma-min must lie between 1e-06 and "),
+    ("--sigma-min nan", 1, "--sigma-min must lie between"),
+    ("--sigma-L 2000", 1, "--sigma-L must lie between"),
+    ("--N 1", 1, "--N must lie between 2 and "),
+    ("--r 0", 1, "--r must lie between 0.001 and "),
+    ("--r nan", 1, "--r must lie between"),
+    ("--sde v", 2, "--sde: invalid choice: 'v' (choose from "),
+    ("--predictor heun", 2, "--predictor: invalid choice: 'heun' (choose from "),
+    ("--corrector no", 2, "unrecognized arguments: no"),
+    ("--digit 3", 2, "unrecognized arguments: --digit 3"),  # of sample.py
+    ("--ema-decay 1.5", 1, "--ema-decay must lie between 0 and 1"),
+]
+
+
 def check_flags(name, earlier, flags, status, expected):
     before = hashes(earlier)
     overwrite = () if "--resume" in flags else ("--overwrite",)
@@ -174,12 +192,18 @@ def test_flags_of_lesson_5(earlier, flags, status, expected):
     check_flags("lesson_05_ddpm", earlier, flags, status, expected)
 
 
-def test_pictures_that_are_all_alike(earlier, tmp_path):
+@pytest.mark.parametrize("flags, status, expected", FLAGS_OF_LESSON_7)
+def test_flags_of_lesson_7(earlier, flags, status, expected):
+    check_flags("lesson_07_score_sde", earlier, flags, status, expected)
+
+
+@pytest.mark.lessons("lesson_04_ncsnv2", "lesson_07_score_sde")
+def test_pictures_that_are_all_alike(lesson, earlier, tmp_path):
     """Technique 1 computes a largest noise scale of 0 from them."""
     (tmp_path / "pictures").mkdir()
     for name in "ab":
         Image.new("L", (20, 20), 128).save(tmp_path / "pictures" / f"{name}.png")
-    check_flags("lesson_04_ncsnv2", earlier, f"--images {tmp_path / 'pictures'}", 1, "noise scales cannot be made of")
+    check_flags(lesson.name, earlier, f"--images {tmp_path / 'pictures'}", 1, "noise scales cannot be made of")
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -341,13 +365,14 @@ def check_damaged(lesson, folder, damage, expected):
     check_resume(lesson.name, folder, expected)
 
 
-@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_07_score_sde")
 def test_a_checkpoint_without_noise_scales(lesson, copied):
     expected = "checkpoint.pt does not fit|noise scales cannot be made of .*: 'sigmas'|the weights in checkpoint.pt"
-    check_damaged(lesson, copied, lambda checkpoint: checkpoint["network"].pop("sigmas"), expected)
+    name = "sigma_max" if lesson.name == "lesson_07_score_sde" else "sigmas"
+    check_damaged(lesson, copied, lambda checkpoint: checkpoint["network"].pop(name), expected)
 
 
-@pytest.mark.lessons("lesson_04_ncsnv2", *DIFFUSION)
+@pytest.mark.lessons("lesson_04_ncsnv2", "lesson_07_score_sde", *DIFFUSION)
 def test_a_checkpoint_without_averaged_weights(lesson, copied):
     check_damaged(lesson, copied, lambda checkpoint: checkpoint.pop("ema"), "checkpoint.pt does not fit")
     expected = f"checkpoint.pt is of another version of {lesson.name}: it has no ema"

@@ -312,7 +312,7 @@ def test_log_goes_on_after_a_round_trip(tmp_path):
 
 
 def draws(lesson, batch_size, sigmas, focus, times):
-    """Of lessons 5 and 9, timesteps: as many as there are sigmas."""
+    """Of lessons 5 and 9, timesteps: as many as there are sigmas. Of lesson 7, the nearest of these to each scale."""
     generator, module = torch.Generator().manual_seed(1), script(lesson.name)
 
     def draw():
@@ -320,6 +320,12 @@ def draws(lesson, batch_size, sigmas, focus, times):
             return module.UniformTimesteps(len(sigmas)).draw(batch_size, generator)[0]
         if hasattr(module, "draw_timesteps"):
             return module.draw_timesteps(batch_size, len(sigmas), generator)
+        if lesson.name == "lesson_07_score_sde":
+            half = float((sigmas[0] / sigmas[1]).sqrt())  # of a step beyond the ends, so that each has as wide a part
+            ends = float(sigmas[-1]) / half, float(sigmas[0]) * half
+            sigma = module.draw_noise_scales(batch_size, *ends, focus, generator)
+            assert sigma.min() >= ends[0] * 0.9999 and sigma.max() <= ends[1] * 1.0001
+            return (sigma[:, None] / sigmas).log().abs().argmin(dim=1)
         return module.draw_noise_scales(batch_size, sigmas, focus, generator)
 
     i = torch.stack([draw() for _ in range(times)])
@@ -351,7 +357,7 @@ def test_the_largest_random_number_is_still_a_timestep(lesson, monkeypatch):
     assert t.max() == 999 and t.min() == 15
 
 
-@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_07_score_sde")
 def test_noise_scales_near_the_focus_come_more_often(lesson):
     sigmas = torch.logspace(1, -2, 31)
     i = draws(lesson, batch_size=64, sigmas=sigmas, focus=0.5, times=300)
@@ -362,7 +368,7 @@ def test_noise_scales_near_the_focus_come_more_often(lesson):
     assert sigmas[frequency.argmax()] == pytest.approx(0.5, rel=0.3)
 
 
-@pytest.mark.lessons("lesson_04_ncsnv2", *DIFFUSION)
+@pytest.mark.lessons("lesson_04_ncsnv2", "lesson_07_score_sde", *DIFFUSION)
 def test_ema_warms_up_and_then_decays(lesson):
     train_mnist = script(lesson.name)
     network, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
@@ -374,7 +380,7 @@ def test_ema_warms_up_and_then_decays(lesson):
         assert network.weight.item() == 1.0
 
 
-@pytest.mark.lessons("lesson_04_ncsnv2", *DIFFUSION)
+@pytest.mark.lessons("lesson_04_ncsnv2", "lesson_07_score_sde", *DIFFUSION)
 def test_ema_of_a_constant_is_the_constant_and_of_a_step_forgets_the_first_weights(lesson):
     update_ema = script(lesson.name).update_ema
     network, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)

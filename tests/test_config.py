@@ -113,7 +113,7 @@ def test_help_of_the_lessons(lesson, capsys):
     train_mnist.Config().check()
 
 
-@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2")
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_07_score_sde")
 def test_paper_on_cifar10_is_as_wide_as_the_papers(lesson):
     module = script(lesson.name)
 

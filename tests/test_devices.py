@@ -2,6 +2,8 @@
 tensor of another device on a GPU; and a run in which no tensor of the device becomes float64, which MPS does not have.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +25,7 @@ def fake(monkeypatch):
     for name in ("__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self: 1)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: True)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [ENOUGH] * len(self))
 
     def schedule(config):
         return torch.empty(config.T, dtype=torch.float64), torch.empty(config.T, dtype=torch.float64)
@@ -33,6 +36,12 @@ def fake(monkeypatch):
         yield
 
 
+class OnTheGpu(torch.Generator):
+    """Random numbers of a GPU that is not there."""
+
+    device = CUDA
+
+
 def on_the_gpu(tensor):
     assert tensor.device.type == "cuda" and tensor.dtype != torch.float64
     return tensor
@@ -41,15 +50,23 @@ def on_the_gpu(tensor):
 def a_network(lesson, channels=1, **changes):
     """The lesson's network, made as train() makes it: on the CPU, of noise scales that are on the device."""
     config = script(lesson.name).Config(width=8, **changes)
-    sigmas = torch.empty(6, device=CUDA)
-    network = script(lesson.name, "sample").make_network(config, channels, {"sigmas": sigmas})
-    for module in network.modules():  # what network.to(CUDA) does; it cannot do it with fake tensors
+    weights = {"sigmas": torch.empty(6, device=CUDA), "sigma_max": 2.0}
+    network = script(lesson.name, "sample").make_network(config, channels, weights)
+    moved(network)
+    if hasattr(network, "sigma_max"):  # a number that network.to(CUDA) moves
+        network.sigma_max = torch.empty((), device=CUDA)
+    elif lesson.name not in DIFFUSION:
+        assert network.sigmas.device.type == "cuda"
+    return network, config
+
+
+def moved(network):
+    """What network.to(CUDA) does to the weights; it cannot do it with fake tensors."""
+    for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape, device=CUDA))
-    if lesson.name not in DIFFUSION:
-        assert network.sigmas.device.type == "cuda"
-    return network, config
+    return network
 
 
 def noisy(channels=1):
@@ -61,6 +78,10 @@ def a_loss(lesson, network, x, t):
     z = on_the_gpu(noise_like(x))
     if lesson.name in DIFFUSION:
         return lesson.loss.noise_prediction_loss(network, x, torch.empty(1000, dtype=torch.float64), t, z)
+    if lesson.name == "lesson_07_score_sde":
+        x = on_the_gpu(lesson.likelihood.dequantise(x))
+        sigma = on_the_gpu(script(lesson.name).draw_noise_scales(4, 0.01, 10.0, 1.0, OnTheGpu()))
+        return lesson.loss.denoising_score_matching_loss(network, x, sigma, z)
     i = on_the_gpu(script(lesson.name).draw_noise_scales(4, network.sigmas, 1.0, None))
     return lesson.loss.denoising_score_matching_loss(network, x, network.sigmas, i, z)
 
@@ -90,18 +111,19 @@ def test_a_training_step(lesson, fake, papers, channels, optimizer, monkeypatch)
         train_mnist.update_ema(network, network, 1, 0.9)
 
 
-@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm")
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm", "lesson_07_score_sde")
 def test_each_sampler(lesson, fake, monkeypatch):
     module = script(lesson.name, "sample")
     if hasattr(module, "ancestral_eta"):
         monkeypatch.setattr(module, "ancestral_eta", lambda sigmas: 0.2)
         monkeypatch.setattr(module, "step_size_for_all_scales", lambda sigmas, T: 0.1)
         monkeypatch.setattr(lesson.sampler, "smallest_eta", lambda sigmas: 0.1)
-    network, config = a_network(lesson, T=7)
+    chains = lesson.name != "lesson_07_score_sde"
+    network, config = a_network(lesson, **({"T": 7} if chains else {}))
     batched = InBatches(network, "float32", batch_size=3)
     for sampler in module.SAMPLERS:
         frames = list(module.draw(batched, config, (4, 1, 28, 28), SeededNoise(range(4)), sampler, 7))
-        assert len(frames) >= 6
+        assert len(frames) >= (6 if chains else 4)  # lesson 7: of two calls each
         for frame in frames:
             on_the_gpu(frame)
 
@@ -122,6 +144,20 @@ def test_samples_that_share_a_latent(lesson, fake):
     pairs = torch.empty(3, 2, 1, 28, 28, device=CUDA)
     images, columns = script(lesson.name, "sample").share_latent(network, config, 3, 1, 4, pairs)
     assert on_the_gpu(images).shape == (4 * 4, 1, 28, 28) and columns == 4
+
+
+@pytest.mark.lessons("lesson_07_score_sde")
+def test_latents_and_the_classifier_of_lesson_7(lesson, fake, monkeypatch):
+    """Not its gradient, nor the likelihood: autograd itself would ask the GPU."""
+    module, (network, config) = script(lesson.name, "sample"), a_network(lesson)
+    for name in ("encode", "decode"):  # one step shows what 24 would
+        monkeypatch.setattr(module, name, partial(getattr(module, name), steps=1))
+    pairs = torch.empty(3, 2, 1, 28, 28, device=CUDA)
+    for make in module.PICTURES.values():
+        images, columns = make(network, config, 3, 1, 4, pairs)
+        assert on_the_gpu(images).shape == (3 * columns, 1, 28, 28)
+    classifier, (x, _) = moved(script(lesson.name, "classifier").NoisyDigitClassifier()), noisy()
+    assert on_the_gpu(classifier(x, torch.empty(4, device=CUDA))).shape == (4, 10)
 
 
 def test_fake_tensors_find_what_is_on_two_devices(fake):
@@ -173,6 +209,8 @@ def test_a_run_goes_on_on_another_kind_of_device(lesson, tmp_path):
     assert resumed.stdout.count(line) == 1
     generator = torch.Generator().manual_seed(5 + 1_000_003 * 5)
     torch.randint(1000, (16,), generator=generator)
+    if lesson.name == "lesson_07_score_sde":  # dequantises the images
+        torch.randn(16, 1, 28, 28, generator=generator)
     torch.rand(1, generator=generator), torch.randn(16, 1, 28, 28, generator=generator)
     again = read_checkpoint(tmp_path)
     assert again["device"] == "cpu" and again["step"] == 6

@@ -23,6 +23,7 @@ CHANGED_LINES = {  # at most, and with a docstring of its own each file has
     "train_mnist.py": 31,
 }
 FIVE, NINE = ROOT / "lesson_05_ddpm", ROOT / "lesson_09_improved_ddpm"
+FOUR, SEVEN = NEW, ROOT / "lesson_07_score_sde"
 CHANGED_LINES_OF_9 = {
     "noise_schedule.py": 4,
     "noise_network.py": 29,
@@ -30,6 +31,14 @@ CHANGED_LINES_OF_9 = {
     "sampler.py": 24,
     "likelihood.py": 28,
     "sample.py": 15,
+    "train_mnist.py": 40,
+}
+CHANGED_LINES_OF_7 = {  # without the functions that are gone: a reader sees them as whole blocks, as the new ones
+    "noise_scales.py": 0,
+    "score_network.py": 40,
+    "loss.py": 10,
+    "sampler.py": 31,
+    "sample.py": 40,
     "train_mnist.py": 40,
 }
 FILES = tuple(CHANGED_LINES)
@@ -55,19 +64,26 @@ def definitions(source):
     return found
 
 
-def changed_lines(old, new):
-    """Lines removed or lines added, whichever are more; functions and classes that are new count for nothing."""
-    known, lines = definitions(old), new.splitlines()
-    added = [node for name, node in definitions(new).items() if name not in known]
-    skip = set()
-    for node in added:
+def without_new(source, other):
+    """The lines of a file without the functions and classes that another version of it does not have."""
+    known, lines, skip = definitions(other), source.splitlines(), set()
+    for node in (node for name, node in definitions(source).items() if name not in known):
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
         while first > 1 and not lines[first - 2].strip():  # and the empty lines above it
             first -= 1
         skip.update(range(first, node.end_lineno + 1))
-    lines = [line for number, line in enumerate(lines, 1) if number not in skip]
-    diff = list(difflib.unified_diff(old.splitlines(), lines, n=0, lineterm=""))[2:]  # after the two file names
-    return max(sum(line.startswith("-") for line in diff), sum(line.startswith("+") for line in diff))
+    return [line for number, line in enumerate(lines, 1) if number not in skip]
+
+
+def changed_lines(old, new, gone_count=True):
+    """Lines removed or lines added, whichever are more; functions and classes that are new count for nothing.
+
+    Nor do those that are gone, if gone_count is False.
+    """
+    before = old.splitlines() if gone_count else without_new(old, new)
+    matcher = difflib.SequenceMatcher(None, before, without_new(new, old), autojunk=False)
+    changes = [ends for kind, *ends in matcher.get_opcodes() if kind != "equal"]
+    return max(sum(b - a for a, b, _, _ in changes), sum(b - a for _, _, a, b in changes))
 
 
 def imports(source):
@@ -87,6 +103,9 @@ def test_changed_lines_counts_as_a_reader_would():
     assert changed_lines(old, old.replace("b = 2\n", "")) == 1
     assert changed_lines(old, old + "\n\n@cache\ndef g():\n    return b\n") == 0
     assert changed_lines(old, "a = 1\nb = 2\n\n\ndef g():\n    return a\n") == 4  # f is gone, with the lines above it
+    assert changed_lines(old, "a = 1\nb = 2\n\n\ndef g():\n    return a\n", gone_count=False) == 0
+    assert changed_lines(old, "a = 3\nb = 2\n", gone_count=False) == 1
+    assert changed_lines(old, old.replace("return a", "return b"), gone_count=False) == 1
 
 
 def test_loss_is_identical():
@@ -109,6 +128,18 @@ def test_lesson_9_changes_few_lines_of_lesson_5_and_keeps_its_names_and_their_or
     assert changed_lines(text(FIVE, file), text(NINE, file)) <= CHANGED_LINES_OF_9[file] <= 40
     old, new = (list(definitions(text(folder, file))) for folder in (FIVE, NINE))
     assert [name for name in new if name in old] == [name for name in old if name != "draw_timesteps"]
+
+
+@pytest.mark.parametrize("file", CHANGED_LINES_OF_7)
+def test_lesson_7_changes_few_lines_of_lesson_4_and_keeps_the_order_of_what_it_keeps(file):
+    """A third diff of lesson 4: many functions make room for others, and those that stay change little."""
+    assert changed_lines(text(FOUR, file), text(SEVEN, file), gone_count=False) <= CHANGED_LINES_OF_7[file] <= 40
+    old, new = (list(definitions(text(folder, file))) for folder in (FOUR, SEVEN))
+    assert [name for name in new if name in old] == [name for name in old if name in new]
+
+
+def test_lesson_7_has_the_noise_scales_of_lesson_4():
+    assert (FOUR / "noise_scales.py").read_bytes() == (SEVEN / "noise_scales.py").read_bytes()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -183,6 +214,38 @@ def test_the_public_interface_of_lesson_5(lesson):
     assert arguments(ddim) == ["network", "x", "alpha_bars", "timesteps", *how] and defaults(ddim) == how
 
 
+@pytest.mark.lessons("lesson_07_score_sde")
+def test_the_public_interface_of_lesson_7(lesson):
+    sde, network, sampler = lesson.sde, lesson.score_network.ScoreNetwork, lesson.sampler
+    assert arguments(sde.VE) == ["sigma_min", "sigma_max"] and defaults(sde.VE) == {}
+    for kind in (sde.VP, sde.SubVP):
+        assert arguments(kind) == ["beta_min", "beta_max"] and defaults(kind) == {"beta_min": 0.1, "beta_max": 20}
+    for kind in (sde.VE, sde.VP, sde.SubVP):
+        for method in (kind.mean_factor, kind.std, kind.diffusion, kind.noise_scale):
+            assert arguments(method) == ["self", "t"]
+        assert arguments(kind.drift) == ["self", "x", "t"]
+        assert arguments(kind.score) == ["self", "ve_score"] and arguments(kind.time) == ["self", "sigma"]
+    assert arguments(network)[:2] == ["channels", "width"] and defaults(network)["channels"] == 1
+    assert arguments(network.forward) == ["self", "x", "sigma"]
+    assert arguments(lesson.loss.denoising_score_matching_loss) == ["score", "x", "sigma", "z"]
+    how = {"predictor": "reverse_diffusion", "corrector_steps": 1, "r": 0.16, "generator": None}
+    walk = sampler.predictor_corrector
+    assert arguments(walk) == ["score", "x", "sigmas", *how, "mean_factors", "hold"]
+    assert how.items() <= defaults(walk).items() and defaults(walk)["mean_factors"] is None
+    assert (
+        arguments(sampler.inpaint) == ["score", "y", "known", "x", "sigmas", *how] and defaults(sampler.inpaint) == how
+    )
+    assert arguments(sampler.probability_flow) == ["score", "x", "sigmas", "method"]
+    assert defaults(sampler.probability_flow) == {"method": "heun"}
+    assert arguments(sampler.denoise) == ["score", "x", "sigma"]
+    ends = ["sigma_min", "sigma_max", "steps"]
+    assert arguments(sampler.encode) == ["score", "x", *ends] and defaults(sampler.encode) == {"steps": 24}
+    assert arguments(sampler.decode) == ["score", "z", *ends] and defaults(sampler.decode) == {"steps": 24}
+    likelihood = lesson.likelihood.log_likelihood
+    assert arguments(likelihood) == ["score", "x", *ends, "generator"]
+    assert defaults(likelihood) == {"steps": 24, "generator": None}
+
+
 @pytest.mark.parametrize("file", PURE)
 def test_lesson_4_says_what_changed(file):
     if file != "loss.py":
@@ -192,6 +255,11 @@ def test_lesson_4_says_what_changed(file):
 @pytest.mark.parametrize("file", ["noise_network.py", "loss.py", "sampler.py", "train_mnist.py"])
 def test_lesson_5_says_what_changed(file):
     assert "Changes from lesson 4" in ast.get_docstring(ast.parse(text(ROOT / "lesson_05_ddpm", file)))
+
+
+@pytest.mark.parametrize("file", ["score_network.py", "loss.py", "sampler.py", "train_mnist.py"])
+def test_lesson_7_says_what_changed(file):
+    assert "Changes from lesson 4" in ast.get_docstring(ast.parse(text(SEVEN, file)))
 
 
 @pytest.mark.parametrize(

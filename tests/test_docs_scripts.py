@@ -13,6 +13,7 @@ sys.path.append(str(ROOT / "docs"))
 
 import figures
 import figures_ddpm
+import figures_sde
 import measure
 import techniques
 
@@ -130,8 +131,8 @@ def test_techniques_that_cannot_run(tmp_path):
         figures.eta(tmp_path / "a.png", tmp_path / "t.csv")
 
 
-@pytest.mark.parametrize("name, number", [("ddpm", "05"), ("improved_ddpm", "09")])
-def test_the_measurements_of_the_diffusion_models_run_and_go_on(name, number, tmp_path):
+@pytest.mark.parametrize("name, number", [("ddpm", "05"), ("score_sde", "07"), ("improved_ddpm", "09")])
+def test_the_measurements_of_lessons_5_to_9_run_and_go_on(name, number, tmp_path):
     first = run_script(f"{name}.py", "--smoke", "--output", tmp_path)
     assert first.returncode == 0, first.stderr
     file = tmp_path / f"{name}.csv"
@@ -140,8 +141,8 @@ def test_the_measurements_of_the_diffusion_models_run_and_go_on(name, number, tm
     with file.open(newline="") as text:
         rows = [tuple(row[:4]) for row in csv.reader(text)]
     assert len(rows) == len(set(rows)) > 20
-    for figure in {"05": ("calls", "loss"), "09": ("calls", "v")}[number]:
-        make = figures_ddpm.FIGURES[f"lesson_{number}_{figure}"]
+    for figure in {"05": ("calls", "loss"), "07": ("calls",), "09": ("calls", "v")}[number]:
+        make = {**figures_ddpm.FIGURES, **figures_sde.FIGURES}[f"lesson_{number}_{figure}"]
         make(tmp_path / "figure.png", file)
         assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     again = run_script(f"{name}.py", "--smoke", "--output", tmp_path)
@@ -158,7 +159,7 @@ def test_the_variance_that_few_steps_leave():
         assert figures_ddpm.variance_left(K, "true") == pytest.approx(0.25, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["lesson_05_forward", "lesson_09_schedules"])
-def test_figures_of_the_diffusion_models(name, tmp_path):
-    figures_ddpm.FIGURES[name](tmp_path / "figure.png")
+@pytest.mark.parametrize("name", ["lesson_05_forward", "lesson_07_sdes", "lesson_07_paths", "lesson_09_schedules"])
+def test_figures_of_lessons_5_to_9(name, tmp_path):
+    {**figures_ddpm.FIGURES, **figures_sde.FIGURES}[name](tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

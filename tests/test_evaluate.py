@@ -48,17 +48,20 @@ def short(lesson, tmp_path_factory):
     folder = tmp_path_factory.mktemp(lesson.name)
     flags = ("--no-clip-x-0",) if lesson.name in DIFFUSION else ()  # or no sample would leave [0, 1]
     T = 2 if lesson.name == "lesson_04_ncsnv2" else 20  # more than lesson 3 takes for a quick look
-    assert quick(lesson.name, "--T", T, *flags, "--output", folder).status == 0
+    many = "--N" if lesson.name == "lesson_07_score_sde" else "--T"
+    assert quick(lesson.name, many, T, *flags, "--output", folder).status == 0
     return folder / "checkpoint.pt"
 
 
 def test_samples_of_a_checkpoint_are_the_papers_and_those_of_the_seed(lesson, short, evaluate, tmp_path):
-    """As many calls as the run's T takes, image k of seed + k, clamped for the judge and saved as they are."""
+    """As many calls as the run's T or N takes, image k of seed + k, clamped for the judge and saved as they are."""
     result, (given,) = evaluate(short, "--num", 5, "--seed", 7, "--save", tmp_path / "s.pt")
     assert result.status == 0 and result.stdout.endswith("the report\n")
     checkpoint = torch.load(short, weights_only=True)
     if lesson.name in DIFFUSION:
         sampler, calls = "ancestral", 20
+    elif lesson.name == "lesson_07_score_sde":
+        sampler, calls = "predictor_corrector", 2 * 19 + 1
     else:
         L = len(checkpoint["network"]["sigmas"])
         sampler, calls = "langevin", 20 * L if lesson.name == "lesson_03_ncsn" else 2 * L + 1
@@ -77,8 +80,8 @@ def test_calls_and_sampler(lesson, short, evaluate):
     for sampler in script(lesson.name, "sample").SAMPLERS:
         result, _ = evaluate(short, "--num", 4, "--sampler", sampler, "--calls", calls)
         assert f"{sampler}, {calls} network calls" in result.stdout and result.status == 0
-    result, _ = evaluate(short, "--sampler", "euler")
-    assert result.status == 1 and "--sampler euler: choose one of " in result.stderr
+    result, _ = evaluate(short, "--sampler", "leapfrog")
+    assert result.status == 1 and "--sampler leapfrog: choose one of " in result.stderr
 
 
 def test_a_tensor_of_samples(evaluate, tmp_path):
@@ -147,9 +150,9 @@ def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", lesson.name, "--rounds", "2", "--smoke"])
     common.bench.main()
     out = capsys.readouterr().out
-    T = 1 if lesson.name in DIFFUSION else module.PRESETS["smoke"]["T"]  # calls for the first frame
+    first = 1 if lesson.name in DIFFUSION else module.PRESETS["smoke"].get("T", 2)  # calls; 2: predictor and corrector
     for precision in ("float32", "bfloat16"):
-        assert re.search(rf"^smoke, {precision} +64\.0 +{64 * T}\.0$", out, re.MULTILINE), out
+        assert re.search(rf"^smoke, {precision} +64\.0 +{64 * first}\.0$", out, re.MULTILINE), out
     assert len(steps) == 2 * 2 * 5 and out.startswith(f"{lesson.name}, ")
     assert re.search("^train_mnist.py chooses (float32|bfloat16)$", out, re.MULTILINE)
 

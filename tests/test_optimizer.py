@@ -12,6 +12,8 @@ from tests.running import DIFFUSION
 def a_network(lesson, width=8):
     if lesson.name in DIFFUSION:
         network = lesson.noise_network.NoiseNetwork(1, width, levels=2, blocks=1, patch=2)
+    elif lesson.name == "lesson_07_score_sde":
+        network = lesson.score_network.ScoreNetwork(1, width)
     else:
         sigmas = lesson.noise_scales.geometric_noise_scales(1, 0.1, 4)
         network = lesson.score_network.ScoreNetwork(sigmas, 1, width)

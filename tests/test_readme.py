@@ -119,7 +119,12 @@ def test_mathematics_is_in_the_form_that_github_renders():
 
 
 @pytest.mark.parametrize(
-    "lessons", [("lesson_03_ncsn", "lesson_04_ncsnv2"), ("lesson_05_ddpm", "lesson_09_improved_ddpm")]
+    "lessons",
+    [
+        ("lesson_03_ncsn", "lesson_04_ncsnv2"),
+        ("lesson_05_ddpm", "lesson_09_improved_ddpm"),
+        ("lesson_04_ncsnv2", "lesson_07_score_sde"),
+    ],
 )
 def test_the_quoted_changes_are_in_the_files(lessons):
     quoted = re.findall(r"```diff\n(.*?)```", readme(lessons[1]), re.DOTALL)

@@ -25,9 +25,22 @@ from common.errors import LessonError
 from common.files import Claim
 from common.images import some_frames
 from lesson_04_ncsnv2.noise_scales import largest_pairwise_distance
-from tests.running import DIFFUSION, ENVIRONMENT, FEW_SCALES, ROOT, hashes, quick, read_checkpoint, run_here, script
+from tests.conftest import LESSONS
+from tests.running import (
+    DIFFUSION,
+    ENVIRONMENT,
+    FEW_SCALES,
+    ROOT,
+    WITHOUT_7,
+    hashes,
+    quick,
+    read_checkpoint,
+    run_here,
+    script,
+)
 from tests.test_train import draw_with_signal, files_of_a_run
 
+pytestmark = pytest.mark.lessons(*WITHOUT_7)  # almost all of this is what common/ does
 FEW = {
     "lesson_03_ncsn": ("--calls", 10),
     "lesson_04_ncsnv2": ("--calls", 60),
@@ -342,6 +355,7 @@ def test_ctrl_c_in_sampling_is_a_line_within_two_seconds(tmp_path):
     assert "Traceback" not in rest and rest.endswith("\nstopped\n") and not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.lessons(*LESSONS)
 def test_a_stop_in_pictures_is_answered_at_the_next_network_call(lesson, tmp_path):
     """Not after the noise scale, which takes T calls."""
     calls = []
@@ -359,7 +373,7 @@ def test_a_stop_in_pictures_is_answered_at_the_next_network_call(lesson, tmp_pat
 
         return script(lesson.name, "sample").draw(Stopping(), config, shape, generator, sampler, number)
 
-    flags = ("--T", 50, "--steps", 2, "--output", tmp_path)
+    flags = ("--N" if lesson.name == "lesson_07_score_sde" else "--T", 50, "--steps", 2, "--output", tmp_path)
     result = quick(lesson.name, *flags, draw=stop_in_the_second_call)
     assert result.status == 128 + signal.SIGTERM and len(calls) == 2
     assert "the checkpoint is saved, the last pictures are not made" in result.stdout

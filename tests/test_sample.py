@@ -1,5 +1,6 @@
 """`python sample.py`: each thing that it can do, on the checkpoint that comes with a lesson; pictures are measured."""
 
+import functools
 import math
 import re
 import shutil
@@ -24,12 +25,13 @@ from lesson_04_ncsnv2.noise_scales import geometric_noise_scales
 from lesson_04_ncsnv2.sampler import denoise
 from lesson_04_ncsnv2.unconditional import noise_after_langevin
 from tests.conftest import LESSONS
-from tests.running import DIFFUSION, ENVIRONMENT, ROOT, quick, run_here, script, some_pictures
+from tests.running import DIFFUSION, ENVIRONMENT, ROOT, WITHOUT_7, quick, run_here, script, some_pictures
 
 FEW = {  # network calls, too few for digits
     "lesson_03_ncsn": 10,
     "lesson_04_ncsnv2": 9,
     "lesson_05_ddpm": 8,
+    "lesson_07_score_sde": 15,
     "lesson_09_improved_ddpm": 8,
 }
 FEW_LANGEVIN = {**FEW, "lesson_04_ncsnv2": 97}
@@ -122,9 +124,10 @@ def test_info(lesson):
         printed = [int(word) for word in re.findall(r"t (\d+)", text.partition("among them:")[2])]
         assert printed == torch.linspace(1000, 1, 30).round().int().tolist()
     else:
-        assert f"noise       {len(network.sigmas)} levels:\n" in text
+        sigmas = scales_in_pictures(lesson).tolist()
+        assert f"noise       {len(sigmas)} levels:\n" in text
         printed = [float(word) for word in re.findall(r"sigma (\S+)", text.partition("levels:")[2])]
-        assert printed == [float(f"{sigma:.4g}") for sigma in network.sigmas.tolist()]
+        assert printed == pytest.approx(sigmas, rel=6e-4)
     for name in ("width", "batch_size", "learning_rate"):
         assert re.search(rf"{name} +{getattr(config, name)}\n", text)
 
@@ -157,6 +160,7 @@ def test_a_sample_is_decided_by_its_seed_alone(lesson, tmp_path):
     assert np.array_equal(pixels, (c[:, 0].clamp(0, 1) * 255).round().byte().numpy())
 
 
+@pytest.mark.lessons(*WITHOUT_7)
 def test_more_images_than_are_drawn_at_once(lesson, tmp_path, monkeypatch):
     flags = ("--num", 5, "--output", tmp_path / "x.png", "--save-tensor")
     done(sample(lesson.name, *flags, tmp_path / "whole"))
@@ -166,7 +170,7 @@ def test_more_images_than_are_drawn_at_once(lesson, tmp_path, monkeypatch):
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name, calls", [("lesson_04_ncsnv2", 97), ("lesson_05_ddpm", 50)])
+@pytest.mark.parametrize("name, calls", [("lesson_04_ncsnv2", 97), ("lesson_05_ddpm", 50), ("lesson_07_score_sde", 35)])
 def test_the_shipped_network_draws_digits(name, calls, tmp_path):
     """Not the judge's number, which needs a thousand: ink on a black background, in the middle of the picture."""
     done(sample(name, "--num", 16, "--calls", calls, "--save-tensor", tmp_path / "a", "--output",
@@ -180,9 +184,8 @@ def test_the_shipped_network_draws_digits(name, calls, tmp_path):
 def test_gif_and_strip(lesson, tmp_path):
     flags = ("--num", 64, "--gif", tmp_path / "a.gif", "--strip", tmp_path / "s.png", "--output", tmp_path / "a.png")
     done(sample(lesson.name, *flags))
-    frames = FEW[lesson.name]
     with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.n_frames == frames and gif.info["loop"] == 0
+        assert gif.n_frames == FEW[lesson.name] and gif.info["loop"] == 0
     assert (tmp_path / "a.gif").stat().st_size < 2_000_000
     strip, grid = tiles(tmp_path / "s.png", 8), tiles(tmp_path / "a.png", 8)
     assert len(strip) == 8 and np.array_equal(strip[:, -1], grid[0])  # the last moment is the sample
@@ -191,22 +194,24 @@ def test_gif_and_strip(lesson, tmp_path):
 class Counting:
     """A score, or noise, of zero, that counts its calls and remembers where it was asked first."""
 
-    def __init__(self, sigmas=None, outputs=1):
+    def __init__(self, sigmas=None, outputs=1, sigma_max=None):
         self.sigmas, self.outputs, self.calls, self.levels, self.first = sigmas, outputs, 0, [], None
+        self.sigma_max = sigma_max
 
     def parameters(self):
         return iter([torch.zeros(1)])
 
     def __call__(self, x, i):
         self.calls, self.first = self.calls + 1, x if self.first is None else self.first
-        self.levels.append(int(i[0]))
+        self.levels.append(i[0].item())
         return torch.zeros_like(x) if self.outputs == 1 else (torch.zeros_like(x),) * self.outputs
 
 
 def counted(lesson, sampler, calls=None, **config):
     """The score after one use of the lesson's `draw`, and the frames."""
     module, (network, trained, _) = script(lesson.name, "sample"), shipped(lesson)
-    score = Counting(getattr(network, "sigmas", None), outputs=2 if lesson.name == "lesson_09_improved_ddpm" else 1)
+    outputs = 2 if lesson.name == "lesson_09_improved_ddpm" else 1
+    score = Counting(getattr(network, "sigmas", None), outputs, getattr(network, "sigma_max", None))
     trained = SimpleNamespace(**{**vars(trained), **config})
     calls = calls or module.number_of_calls(network, trained, sampler)
     return score, list(module.draw(score, trained, (50, 1, 8, 8), SeededNoise(range(50)), sampler, calls))
@@ -220,23 +225,38 @@ def test_calls_decide_how_often_the_network_is_called(lesson):
             for n in (2, 7, 39, 40):  # of 40
                 score, frames = counted(lesson, sampler, n, T=40)
                 assert score.calls == len(frames) == n and all(frame.shape == (50, 1, 8, 8) for frame in frames)
+    elif lesson.name == "lesson_07_score_sde":
+        for sampler, corrector, each in (("euler", True, 1), ("heun", True, 2), ("predictor_corrector", True, 2),
+                                         ("predictor_corrector", False, 1)):  # fmt: skip
+            for n in (each + 1, 8, 21):  # whole steps, and one call to denoise
+                score, frames = counted(lesson, sampler, n, corrector=corrector)
+                assert len(frames) == 1 + (n - 1) // each and score.calls == 1 + each * (len(frames) - 1)
     else:
         assert [counted(lesson, "langevin", n)[0].calls for n in (97, 200)] == [97, 193]
         assert [counted(lesson, "consistent", n)[0].calls for n in (3, 20, 97, 200)] == [3, 20, 97, 193]
 
 
 def assert_start(lesson, score):
-    """Lesson 3: uniform noise in [0, 1], as in the paper. Lesson 4: noise of the largest scale. Lesson 5: N(0, 1)."""
+    """Lesson 3: uniform noise in [0, 1], as in the paper. Lessons 4 and 7: noise of the largest scale. 5: N(0, 1)."""
     if lesson.name == "lesson_03_ncsn":
         assert 0 <= score.first.min() < 0.01 and 0.99 < score.first.max() <= 1
         assert float(score.first.std()) == pytest.approx(12**-0.5, rel=0.05)
     else:
-        scale = 1 if lesson.name in DIFFUSION else float(score.sigmas[0])
+        largest = score.sigma_max if score.sigmas is None else score.sigmas[0]
+        scale = 1 if lesson.name in DIFFUSION else float(largest)
         assert float(score.first.std()) == pytest.approx(scale, rel=0.05)
         assert abs(float(score.first.mean())) < 0.05 * scale
 
 
 def test_samples_start_from_what_the_first_step_expects(lesson):
+    if lesson.name == "lesson_07_score_sde":
+        walks = [("predictor_corrector", sde) for sde in ("ve", "vp", "sub_vp")]
+        for sampler, sde in (("heun", "ve"), ("euler", "vp"), *walks):
+            score, _ = counted(lesson, sampler, 9, sde=sde)
+            assert_start(lesson, score)  # where the network is asked, which is of noise scales, whatever the SDE
+            assert score.levels[0] == pytest.approx(float(score.sigma_max), rel=1e-4)
+            assert score.levels[-1] == pytest.approx(0.01, rel=1e-4)
+        return
     for sampler in script(lesson.name, "sample").SAMPLERS:
         score, _ = counted(lesson, sampler)
         assert_start(lesson, score)
@@ -286,11 +306,12 @@ def test_a_consistent_step_goes_halfway_from_ddpms_to_the_guess_and_refills_the_
     assert float(frames[0].double().var()) == pytest.approx(expected, rel=0.05)
 
 
-def test_completions_start_as_samples_do_and_in_lesson_4_end_with_the_denoising_step(lesson):
+def test_completions_start_as_samples_do_and_in_lessons_4_and_7_end_with_the_denoising_step(lesson):
     module, (network, config, _) = script(lesson.name, "sample"), shipped(lesson)
     y, known = torch.rand(30, 1, 8, 8), torch.zeros(1, 1, 8, 8)
     known[..., :4] = 1
-    score = Counting(getattr(network, "sigmas", None))
+    score = Counting(getattr(network, "sigmas", None), sigma_max=getattr(network, "sigma_max", None))
+    config.corrector = False  # of lesson 7: it has no step for a score of zero
     L = 0 if score.sigmas is None else len(score.sigmas)
     made = module.fill_in(score, config, y, known, SeededNoise(range(30)), 2 * L + 1 if L else 5)
     assert_start(lesson, score)
@@ -298,6 +319,10 @@ def test_completions_start_as_samples_do_and_in_lesson_4_end_with_the_denoising_
     assert not torch.equal(made[..., 4:], y[..., 4:])
     if lesson.name in DIFFUSION:
         assert score.levels == [999, 749, 500, 250, 0]
+        return
+    if lesson.name == "lesson_07_score_sde":
+        sigmas = [float(score.sigma_max) ** (1 - k / 4) * 0.01 ** (k / 4) for k in range(5)]
+        assert score.levels == pytest.approx(sigmas, rel=1e-4)
         return
     assert score.levels[: 2 * L] == [n for n in range(L) for _ in range(2)]
     assert score.levels[2 * L :] == ([L - 1] if lesson.name == "lesson_04_ncsnv2" else [])
@@ -315,13 +340,19 @@ def test_fewer_langevin_steps_are_as_much_longer():
 def test_the_default_number_of_calls(tmp_path):
     """Of lesson 3: 15 steps at each of 10 noise scales. Of lesson 4: one at each of 96, and one to denoise.
 
-    Of lesson 5: 50 by DDIM, 100 by the paper's sampler, and never more than T.
+    Of lesson 5: 50 by DDIM, 100 by the paper's sampler, and never more than T. Of lesson 7: two for each of 17 steps of
+    Heun's method, and as many as the paper's sampler has for the last pictures.
     """
     number_of_calls = script("lesson_05_ddpm", "sample").number_of_calls
     for T, expected in ((1000, (50, 100, 1000)), (70, (50, 70, 70)), (4, (4, 4, 4))):
         config = SimpleNamespace(T=T)
         found = [number_of_calls(None, config, sampler) for sampler in ("ddim", "ancestral")]
         assert (*found, number_of_calls(None, config, "ancestral", quick=False)) == expected
+    number_of_calls = script("lesson_07_score_sde", "sample").number_of_calls
+    for N, expected in ((96, (35, 50, 99, 191)), (5, (9, 5, 9, 9))):
+        config, samplers = SimpleNamespace(N=N, corrector=True), ("heun", "euler", "predictor_corrector")
+        found = [number_of_calls(None, config, sampler) for sampler in samplers]
+        assert (*found, number_of_calls(None, config, "predictor_corrector", quick=False)) == expected
     for lesson, calls in (("lesson_03_ncsn", 150), ("lesson_04_ncsnv2", 97), ("lesson_05_ddpm", 50)):
         flags = ("--checkpoint", ROOT / lesson / "pretrained.pt", "--num", 1, "--precision", "float32")
         assert f"/{calls}" in run_here(lesson, *flags, "--output", tmp_path / "x.png", name="sample").stderr
@@ -390,6 +421,7 @@ def test_noise_between_two_seeds_is_standard_normal_all_the_way():
     torch.testing.assert_close(z[3:4], math.cos(3 * angle) * z_a + math.sin(3 * angle) * z_b)
 
 
+@pytest.mark.lessons(*WITHOUT_7)
 def test_nearest(lesson, tmp_path):
     text = done(sample(lesson.name, "--nearest", "--num", 3, "--output", tmp_path / "n.png"))
     distances = [float(number) for number in re.findall(r"median distance (.*)", text)]
@@ -401,6 +433,8 @@ def test_nearest(lesson, tmp_path):
 def scales_in_pictures(lesson):
     """How much noise a picture in [0, 1] has, compared with its ink, at each noise level from the noisiest on: (L,)."""
     network, config, _ = shipped(lesson)
+    if lesson.name == "lesson_07_score_sde":
+        return torch.logspace(math.log10(float(network.sigma_max)), math.log10(config.sigma_min), 100)
     if lesson.name not in DIFFUSION:
         return network.sigmas
     if lesson.name == "lesson_05_ddpm":
@@ -557,6 +591,114 @@ def test_the_variance_of_all_steps(lesson, in_color, tmp_path):
     assert default == small != large
 
 
+# What only lesson 7 has: SDEs, predictors and correctors, a digit that one asks for, and latents
+
+
+def test_the_flags_of_lesson_7_choose_sde_predictor_and_corrector(tmp_path):
+    module, seen = script("lesson_07_score_sde", "sample"), []
+
+    def walk(score, x, sigmas, *how):
+        seen.append((sigmas, *how))
+        return iter([x])
+
+    flags = ("--sampler", "predictor_corrector", "--calls", 7, "--num", 1, "--output", tmp_path / "x.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "predictor_corrector", walk)
+        for more in ("", "--sde vp --predictor ancestral", "--sde sub_vp --predictor euler_maruyama --no-corrector"):
+            done(sample("lesson_07_score_sde", *more.split(), *flags))
+    ve, vp, sub_vp = seen
+    assert ve[1:4] == ("reverse_diffusion", 1, 0.16) and len(ve[0]) == 4 and (ve[5] == 1).all()
+    assert vp[1:3] == ("ancestral", 1) and len(vp[0]) == 4
+    assert sub_vp[1:3] == ("euler_maruyama", 0) and len(sub_vp[0]) == 7
+    torch.testing.assert_close(vp[0] * vp[5], (1 - vp[5] ** 2).sqrt(), rtol=1e-3, atol=0)  # m^2 and std^2 add up to 1
+    torch.testing.assert_close(sub_vp[0] * sub_vp[5], 1 - sub_vp[5] ** 2, rtol=1e-3, atol=0)  # the square of VP's
+
+
+class FirstPixels(torch.nn.Module):
+    """A classifier whose log-probability of digit k has the gradient 1 at pixel k of the first row, and 0 elsewhere."""
+
+    def forward(self, x, sigma):
+        return x[:, 0, 0, :10]
+
+
+def test_a_digit_that_is_asked_for_guides_every_step(monkeypatch):
+    """With a score of zero and two noise scales: what the classifier's gradient adds in each of two calls."""
+    lesson, module = SimpleNamespace(name="lesson_07_score_sde"), script("lesson_07_score_sde", "sample")
+    monkeypatch.setattr(module, "load_classifier", FirstPixels)
+    _, config, _ = shipped(lesson)
+    sigma_max, sigma_L = 3.0, config.sigma_L
+    for chosen, weight in (({"digit": 3, "guidance": None}, 1.0), ({"digit": 3, "guidance": 2.5}, 2.5)):
+        free, guided = (
+            list(module.draw(Counting(sigma_max=torch.tensor(sigma_max)), SimpleNamespace(**{**vars(config), **more}),
+                             (2, 1, 28, 28), SeededNoise([1, 2]), "euler", 2))[-1]
+            for more in ({"digit": None, "guidance": None}, chosen)
+        )  # fmt: skip
+        expected = torch.zeros(2, 1, 28, 28)
+        expected[:, :, 0, 3] = weight * (sigma_max * (sigma_max - sigma_L) + sigma_L**2)
+        torch.testing.assert_close(guided - free, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_flag_of_a_digit_reaches_the_sampler(tmp_path, monkeypatch):
+    module, seen = script("lesson_07_score_sde", "sample"), []
+    monkeypatch.setattr(module, "load_classifier", FirstPixels)
+    monkeypatch.setattr(module, "guided_score", lambda score, classifier, *how: seen.append(how) or score)
+    for flags in ((), ("--digit", 3), ("--digit", 0, "--guidance", 4)):
+        done(sample("lesson_07_score_sde", *flags, "--calls", 3, "--num", 1, "--output", tmp_path / "x.png"))
+    assert seen == [(3, 1.0), (0, 4.0)]
+
+
+def test_a_digit_of_pictures_that_the_classifier_does_not_know(tmp_path):
+    flags = ("--dataset", "color_mnist", "--steps", 1, "--output", tmp_path / "run")
+    assert quick("lesson_07_score_sde", *flags).status == 0
+    result = sample("lesson_07_score_sde", "--digit", 3, "--checkpoint", tmp_path / "run" / "checkpoint.pt",
+                    "--output", tmp_path / "x.png")  # fmt: skip
+    assert "--digit: the classifier knows gray digits of 28x28 pixels only" in line(result)
+
+
+def test_a_classifier_that_cannot_be_used(tmp_path, monkeypatch):
+    """One's own comes first, damaged or not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").mkdir()
+    path = tmp_path / "output" / "classifier.pt"
+    flags = ("--digit", 3, "--num", 1, "--output", tmp_path / "x.png")
+    for content, expected in (
+        (b"text", "output/classifier.pt is damaged"),
+        ({"config": {}}, "is of another version of lesson_07_score_sde: it has no classifier"),
+        ({"classifier": {"weight": torch.zeros(3)}}, "the weights in output/classifier.pt do not fit"),
+    ):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            save_checkpoint(path, "lesson_07_score_sde", **content)
+        assert expected in line(sample("lesson_07_score_sde", *flags))
+    shutil.copy(ROOT / "lesson_04_ncsnv2" / "pretrained.pt", path)
+    assert "is a checkpoint of lesson_04_ncsnv2" in line(sample("lesson_07_score_sde", *flags))
+
+
+def test_test_images_that_are_encoded_come_back(tmp_path):
+    """A row for each: the image, its latent, which is noise, and what that is decoded to."""
+    path = tmp_path / "e"
+    done(sample("lesson_07_score_sde", "--encoded", "--num", 3, "--save-tensor", path, "--output", tmp_path / "e.png"))
+    rows = torch.load(path, weights_only=True).view(3, 3, 28, 28)
+    assert np.array_equal(tiles(tmp_path / "e.png", 3).reshape(-1, 28, 28), pixels_of(path))
+    test_digits = {image.numpy().tobytes() for image in common.data.load_images("mnist", "test")}
+    assert all((image * 255).round().byte().numpy().tobytes() in test_digits for image in rows[:, 0])
+    assert (rows[:, 0] - rows[:, 2]).abs().mean() < 0.02
+    latents = 6 * (rows[:, 1] - 0.5)  # in units of the largest noise scale
+    assert latents.abs().mean() > 0.2 and not torch.allclose(latents[0], latents[1], atol=0.1)
+
+
+def test_latents_between_two_test_digits(tmp_path):
+    path = tmp_path / "i"
+    done(sample("lesson_07_score_sde", "--interpolate-images", "--num", 1, "--save-tensor", path,
+                "--output", tmp_path / "i.png"))  # fmt: skip
+    row = torch.load(path, weights_only=True).view(10, 28, 28)
+    assert len(tiles(tmp_path / "i.png", 10)) == 1
+    assert (row[1] - row[0]).abs().mean() < 0.02 > (row[-2] - row[-1]).abs().mean()  # both ends come back
+    away = (row[1:-1] - row[0]).abs().mean((1, 2))
+    assert away[0] < away[3] < away[-1]
+
+
 # What a person may get wrong
 
 
@@ -614,6 +756,24 @@ def test_flags_of_lesson_5_that_cannot_be_used(lesson, flags, expected, tmp_path
     check_flags(lesson, flags, expected, tmp_path)
 
 
+@pytest.mark.lessons("lesson_07_score_sde")
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--calls 1", "--calls 1: consistent needs at least 2, one step and one call to denoise"),
+        ("--calls 1 --sampler euler", "--calls 1: euler needs at least 2"),
+        ("--calls 2 --sampler predictor_corrector", "--calls 2: predictor_corrector needs at least 3"),
+        ("--calls 1 --sampler predictor_corrector --no-corrector", "--calls 1: predictor_corrector needs at least 2"),
+        ("--calls 2 --inpaint left", "--calls 2: predictor_corrector needs at least 3"),
+        ("--encoded --gif", "leave out --encoded$"),
+        ("--guidance 3", "--guidance"),
+        ("--digit 3 --guidance nan", "--guidance"),
+    ],
+)
+def test_flags_of_lesson_7_that_cannot_be_used(lesson, flags, expected, tmp_path):
+    check_flags(lesson, flags, expected, tmp_path)
+
+
 def check_flags(lesson, flags, expected, tmp_path):
     Image.new("L", (14, 20)).save(tmp_path / "small.png")
     Image.new("L", (28, 28), 255).save(tmp_path / "white.png")
@@ -626,7 +786,7 @@ def check_flags(lesson, flags, expected, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("flags", [("--inpaint", "left", "--nearest"), ("--sampler", "euler"), ("--numb", 3)])
+@pytest.mark.parametrize("flags", [("--inpaint", "left", "--nearest"), ("--sampler", "leapfrog"), ("--numb", 3)])
 def test_flags_that_argparse_refuses(lesson, flags):
     result = sample(lesson.name, *flags)
     assert result.status == 2 and "Traceback" not in result.stderr
@@ -635,6 +795,12 @@ def test_flags_that_argparse_refuses(lesson, flags):
 @pytest.mark.parametrize("flags", ["--progress --nearest", "--share-latent --progress", "--variance tiny"])
 def test_flags_of_lesson_5_that_argparse_refuses(flags):
     result = sample("lesson_05_ddpm", *flags.split())
+    assert result.status == 2 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("flags", ["--digit 10", "--digit three", "--guidance much", "--sde v", "--encoded --nearest"])
+def test_flags_of_lesson_7_that_argparse_refuses(flags):
+    result = sample("lesson_07_score_sde", *flags.split())
     assert result.status == 2 and "Traceback" not in result.stderr
 
 
@@ -668,6 +834,7 @@ FEW_OF_QUICK = {  # of short runs
     "lesson_03_ncsn": 10,
     "lesson_04_ncsnv2": 100,
     "lesson_05_ddpm": 4,
+    "lesson_07_score_sde": 9,
     "lesson_09_improved_ddpm": 4,
 }
 
@@ -694,6 +861,7 @@ def from_a_folder(lesson, tmp_path_factory):
     return folder
 
 
+@pytest.mark.lessons(*WITHOUT_7)
 def test_a_pretrained_checkpoint_is_made_from_a_run(lesson, in_color, tmp_path, monkeypatch):
     """Rounded to float16, the network draws the same pictures up to a grey level or two."""
     folder = tmp_path / lesson.name
@@ -739,6 +907,23 @@ def test_the_pictures_of_lesson_5_on_other_data(lesson, kind, verb, request, tmp
     shape = (3, 28, 28) if kind == "in_color" else (1, 16, 16)
     number = {"progress": 2 * 4, "share-latent": 4 * 3, "interpolate-images": 2 * 10}[verb]  # 4 calls: 4 guesses
     assert torch.load(tmp_path / "x", weights_only=True).shape == (number, *shape)
+    with Image.open(path) as picture:
+        assert picture.mode == ("RGB" if kind == "in_color" else "L")
+
+
+@pytest.mark.lessons("lesson_07_score_sde")
+@pytest.mark.parametrize("verb", ["encoded", "interpolate-images"])
+@pytest.mark.parametrize("kind", ["in_color", "from_a_folder"])
+def test_the_pictures_of_lesson_7_on_other_data(lesson, kind, verb, request, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.play.load_pictures", lambda data, split: some_pictures(data))  # not all 60 000
+    module = script(lesson.name, "sample")
+    for name in ("encode", "decode"):  # fewer steps than for a picture to look at
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), steps=3))
+    checkpoint, path = request.getfixturevalue(kind) / "checkpoint.pt", tmp_path / "x.png"
+    flags = ("--checkpoint", checkpoint, "--num", 2, f"--{verb}", "--output", path, "--save-tensor", tmp_path / "x")
+    done(sample(lesson.name, *flags, few=FEW_OF_QUICK))
+    shape = (3, 28, 28) if kind == "in_color" else (1, 16, 16)
+    assert torch.load(tmp_path / "x", weights_only=True).shape == (2 * {"encoded": 3}.get(verb, 10), *shape)
     with Image.open(path) as picture:
         assert picture.mode == ("RGB" if kind == "in_color" else "L")
 

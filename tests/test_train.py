@@ -26,6 +26,7 @@ from tests.conftest import LESSONS
 from tests.running import (
     DIFFUSION,
     ENVIRONMENT,
+    WITHOUT_7,
     Result,
     command,
     hashes,
@@ -37,6 +38,7 @@ from tests.running import (
 )
 
 GRID = 8 * (2 * 28 + 2) + 2  # pixels: 8 images, each enlarged twice, and 2 pixels between them
+DENOISED = ("lesson_04_ncsnv2", "lesson_07_score_sde")  # lessons with a last step after the samplers'
 LEVEL = dict.fromkeys(DIFFUSION, ("t ", r"\d+"))  # how a noise level is named, and numbered
 
 
@@ -47,7 +49,7 @@ def level_name(lesson):
 def files_of_a_run(lesson, *previews):
     names = {"samples.png", "trajectory.gif", "loss.png", "metrics.csv", "config.json", "checkpoint.pt"}
     names |= {f"samples_step_{step:06d}.png" for step in previews}
-    return names | ({"samples_before_denoising.png"} if lesson.name == "lesson_04_ncsnv2" else set())
+    return names | ({"samples_before_denoising.png"} if lesson.name in DENOISED else set())
 
 
 def read_metrics(folder):
@@ -132,7 +134,7 @@ def test_smoke_prints_what_it_is_about_to_do(lesson, smoke):
     assert re.search(r"^device +(cpu|cuda|mps) ", result.stdout, re.MULTILINE)
     assert re.search(r"^precision +(float32|bfloat16)$", result.stdout, re.MULTILINE)
     network = read_checkpoint(folder)["network"]
-    parameters = sum(weights.numel() for name, weights in network.items() if name != "sigmas")
+    parameters = sum(weights.numel() for name, weights in network.items() if "sigma" not in name)
     assert re.search(rf"^parameters +{parameters:,}$", result.stdout, re.MULTILINE)
     for name, value in json.loads((folder / "config.json").read_text()).items():
         assert re.search(rf"^  {name} +{re.escape(str(value))}$", result.stdout, re.MULTILINE), name
@@ -155,7 +157,7 @@ def test_smoke_pictures_are_grids_of_64_digits(lesson, smoke):
 
 
 def test_smoke_denoising_changes_the_picture(lesson, smoke):
-    if lesson.name == "lesson_04_ncsnv2":
+    if lesson.name in DENOISED:
         before, after = (smoke[0] / name for name in ("samples_before_denoising.png", "samples.png"))
         assert before.read_bytes() != after.read_bytes()
 
@@ -165,11 +167,13 @@ def test_smoke_trajectory_moves(lesson, smoke):
         checkpoint = read_checkpoint(smoke[0])
         if lesson.name in DIFFUSION:
             steps = checkpoint["config"]["T"]
+        elif lesson.name == "lesson_07_score_sde":  # from one to the next of N, and denoised
+            steps = checkpoint["config"]["N"]
         else:
             steps = len(checkpoint["network"]["sigmas"]) + (lesson.name == "lesson_04_ncsnv2")
         full = (smoke[0] / "trajectory.gif").stat().st_size > 1_500_000  # of 2 MB, for which frames are left out
         assert gif.n_frames == min(36, steps) or full and gif.n_frames < min(36, steps)
-        assert gif.n_frames > 5
+        assert gif.n_frames > 3
         assert gif.size == (GRID, GRID)
         frames = []
         for k in range(gif.n_frames):
@@ -359,6 +363,7 @@ def draw_with_signal(draw, number=signal.SIGTERM):
     return interrupted
 
 
+@pytest.mark.lessons(*WITHOUT_7)
 @pytest.mark.parametrize("every, step", [(10, 11), (1000, 12)], ids=["in a preview", "in the last pictures"])
 def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, every, step):
     """Pictures take long, so they are given up; nothing else is lost, and --resume makes the last ones."""
@@ -373,6 +378,7 @@ def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, every, ste
     assert_same_run(straight, tmp_path)
 
 
+@pytest.mark.lessons(*WITHOUT_7)
 def test_a_run_of_so_many_minutes_keeps_the_steps_that_it_found(lesson, tmp_path):
     """They are found in step 10, from what eight steps took; a resume does not look for them again."""
     flags = ("--minutes", 0.05, "--preview-every", 20, "--output", tmp_path)
@@ -441,6 +447,7 @@ def test_a_second_run_needs_resume_or_overwrite(lesson, smoke):
         assert hashes(folder) == before
 
 
+@pytest.mark.lessons(*WITHOUT_7)
 def test_overwrite_replaces_the_earlier_run_and_nothing_else(lesson, straight, tmp_path):
     folder = shutil.copytree(straight, tmp_path / "copy")
     (folder / "samples_step_000123.png").write_text("of the earlier run")
@@ -451,6 +458,7 @@ def test_overwrite_replaces_the_earlier_run_and_nothing_else(lesson, straight, t
     assert read_checkpoint(folder)["step"] == 5
 
 
+@pytest.mark.lessons(*WITHOUT_7)
 def test_a_finished_run_can_be_resumed_for_its_pictures(lesson, straight, tmp_path):
     folder = shutil.copytree(straight, tmp_path / "copy")
     (folder / "samples.png").unlink()
@@ -474,9 +482,13 @@ def test_a_learning_rate_far_too_high(lesson, tmp_path):
 def test_a_bad_loss_keeps_the_last_good_checkpoint(lesson, tmp_path, every):
     levels, (name, loss_function) = [], loss_of(lesson)
 
-    def loss_with_a_bad_one(network, x, table, i, z, *more):
-        loss = loss_function(network, x, table, i, z, *more)
-        levels.append(len(table) - int(i[3]) if lesson.name in DIFFUSION else int(i[3]) + 1)  # 1: the noisiest
+    def loss_with_a_bad_one(network, x, *how):
+        loss = loss_function(network, x, *how)
+        if lesson.name == "lesson_07_score_sde":  # the part of a hundred, even in ln sigma
+            t = math.log(float(how[0][3]) / 0.001) / math.log(float(network.sigma_max) / 0.001)
+            levels.append(int(100 * (1 - t)) + 1)
+        else:
+            levels.append(len(how[0]) - int(how[1][3]) if lesson.name in DIFFUSION else int(how[1][3]) + 1)
         return loss + torch.where(torch.arange(16) == 3, math.inf, 0) if len(levels) == 6 else loss
 
     flags = ("--steps", 8, "--preview-every", every, "--output", tmp_path)

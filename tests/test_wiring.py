@@ -17,20 +17,23 @@ import common.run
 from common.config import learning_rate
 from common.noise import SeededNoise
 from tests.running import loss_of, quick, read_checkpoint, script, some_images
+from tests.test_train import DENOISED
 
-pytestmark = pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm")
+pytestmark = pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm", "lesson_07_score_sde")
 STEPS, B = 12, 16
 NEW_LADDER = {
     "lesson_03_ncsn": ("--sigma-1", 2, "--sigma-L", 0.5, "--L", 7, "--T", 3),
     "lesson_04_ncsnv2": (),
     "lesson_05_ddpm": ("--T", 60, "--beta-1", 0.002, "--beta-T", 0.3),
+    "lesson_07_score_sde": ("--N", 7),
 }
 MORE = {
     "lesson_03_ncsn": ("--focus", 0.4),
     "lesson_04_ncsnv2": ("--focus", 0.4, "--ema-decay", 0.4, "--overlap", 0.2, "--T", 2, "--sigma-L", 0.5),
     "lesson_05_ddpm": ("--ema-decay", 0.4),
+    "lesson_07_score_sde": ("--focus", 0.4, "--ema-decay", 0.4, "--sigma-min", 0.02, "--sigma-L", 0.5),
 }
-CLIPPED = {"lesson_05_ddpm": 1}  # numbers for which --clip is the length of a gradient; of lessons 3 and 4, per pixel
+CLIPPED = {"lesson_05_ddpm": 1}  # numbers for which --clip is the length of a gradient; of the others, per pixel
 
 
 class Written:
@@ -46,8 +49,10 @@ def spy(lesson, folder, *flags):
     module, seen = script(lesson.name), Written()
     loss_name, loss_function = loss_of(lesson)
 
-    def loss(network, x, table, i, z):
-        value = loss_function(network, x, table, i, z)
+    def loss(network, x, *how):
+        value = loss_function(network, x, *how)
+        *table, i, z = how  # lesson 7 has no table, and i is a noise scale
+        table = table[0] if table else None
         autocast = torch.is_autocast_enabled("cpu")
         seen.losses.append({"x": x, "table": table, "i": i, "z": z, "value": value.detach(), "autocast": autocast})
         return value
@@ -109,11 +114,17 @@ def all_steps(seen, name):
     return torch.cat([loss[name] for loss in seen.losses])
 
 
-def test_images_are_between_0_and_1_and_in_lesson_5_between_minus_1_and_1(lesson, seen):
+def test_images_are_between_0_and_1_in_lesson_5_between_minus_1_and_1_and_in_lesson_7_dequantised(lesson, seen):
     x = all_steps(seen, "x")
     if lesson.name == "lesson_05_ddpm":
         assert x.min() == -1
         x = (x + 1) / 2
+    if lesson.name == "lesson_07_score_sde":  # anywhere in the interval of its gray level, and new each time
+        part = 256 * x - (256 * x).floor()
+        assert float(part.mean()) == pytest.approx(0.5, abs=0.01)
+        assert float(part.std()) == pytest.approx(12**-0.5, abs=0.01)
+        assert not torch.equal(part[:B], part[B : 2 * B])
+        x = (256 * x).floor() / 255
     assert x.shape == (STEPS * B, 1, 28, 28) and x.dtype == torch.float32
     assert x.min() >= 0 and 0.95 < x.max() <= 1 and 0.05 < x.mean() < 0.25
     digits = {image.numpy().tobytes() for image in some_images("mnist")}
@@ -148,6 +159,19 @@ def test_noise_scales_are_those_of_the_flags_and_the_data(lesson, seen):
     assert i.min() == 0 and i.max() == len(expected) - 1
 
 
+@pytest.mark.lessons("lesson_07_score_sde")
+def test_noise_scales_of_lesson_7_are_those_of_the_flags_and_the_data(seen):
+    images = some_images("mnist").flatten(1).double() / 255
+    sigma_max = float(torch.cdist(images, images).max())
+    assert float(seen.start.sigma_max) == pytest.approx(sigma_max, rel=1e-6)
+    for ((batch_size, low, high, focus, _), drawn), loss in zip(seen.scales, seen.losses, strict=True):
+        assert (batch_size, low, focus) == (B, 0.02, 0.4) and high == pytest.approx(sigma_max, rel=1e-6)
+        assert loss["table"] is None and torch.equal(drawn, loss["i"])
+    sigma = all_steps(seen, "i")
+    assert 0.02 <= sigma.min() < 0.04 and sigma_max / 2 < sigma.max() <= sigma_max * 1.0001
+    assert len(sigma.unique()) == STEPS * B  # no ladder
+
+
 @pytest.mark.lessons("lesson_05_ddpm")
 def test_timesteps_and_their_schedule_are_those_of_the_flags(seen):
     """T = 60 steps, of which each batch has one in each 16th part."""
@@ -175,7 +199,7 @@ def first_gradient(lesson, seen):
     """The gradient of the mean loss in the first step, written out, and its norm."""
     first = seen.losses[0]
     x, z, i = first["x"], first["z"], first["i"]
-    level = first["table"][i][:, None, None, None]
+    level = (i if first["table"] is None else first["table"][i])[:, None, None, None]
     if lesson.name == "lesson_05_ddpm":
         noise = seen.start((level.sqrt() * x + (1 - level).sqrt() * z).float(), i)
         loss = (noise - z).square().mean((1, 2, 3))
@@ -209,18 +233,30 @@ def test_the_learning_rate_is_that_of_the_step(seen):
 
 
 def test_losses_and_their_noise_levels_are_recorded(lesson, seen):
-    table = seen.losses[0]["table"]
-    L, chain = len(table), lesson.name == "lesson_05_ddpm"
+    table, chain = seen.losses[0]["table"], lesson.name == "lesson_05_ddpm"
+    ends = 0.02, float(getattr(seen.start, "sigma_max", 1))  # of lesson 7
+    L = 100 if table is None else len(table)
+
+    def place(i):  # among L levels, from the noisiest on
+        if table is None:
+            return L * (ends[1] / i).log() / math.log(ends[1] / ends[0])
+        return L - i - 0.5 if chain else i + 0.5
+
     for (loss, where), used in zip(seen.where, seen.losses, strict=True):
         assert torch.equal(loss.detach(), used["value"])
-        torch.testing.assert_close(where * L, L - used["i"] - 0.5 if chain else used["i"] + 0.5)  # 0: the noisiest
+        torch.testing.assert_close(where * L, place(used["i"]), rtol=1e-5, atol=1e-3)
     header, first, *_ = csv.reader(open(seen.folder / "metrics.csv"))
     losses, i = torch.cat([used["value"] for used in seen.losses[:10]]), all_steps(seen, "i")[: 10 * B]
     assert float(first[1]) == pytest.approx(float(losses.mean()), rel=1e-5)
     for k, name in enumerate(header[2:]):
         high, low = (float(word) for word in name.removeprefix("t " if chain else "sigma ").split(" to "))
-        level = i + 1 if chain else table[i]
-        inside = (level <= high * 1.001) & (level >= low * 0.999)
+        if table is None:  # two neighbours have a gap between them, in which a noise scale may be
+            names = [ends[1] * (ends[0] / ends[1]) ** (n / 99) for n in (20 * k, 20 * k + 19)]
+            assert (high, low) == pytest.approx(names, rel=1e-3)
+            inside = (place(i) >= 20 * k) & (place(i) < 20 * k + 20)
+        else:
+            level = i + 1 if chain else table[i]
+            inside = (level <= high * 1.001) & (level >= low * 0.999)
         assert float(first[2 + k]) == pytest.approx(float(losses[inside].mean()), rel=1e-5)
 
 
@@ -239,16 +275,18 @@ def test_averaged_weights_are_updated_after_each_step_and_drawn_from(lesson, see
 
 def test_pictures_are_drawn_as_the_lesson_says(lesson, seen):
     """Two previews and the last pictures: which sampler, how many calls, whose noise."""
-    L = len(seen.losses[0]["table"])
+    L = len(getattr(seen.start, "sigmas", ()))
     if lesson.name == "lesson_03_ncsn":
         how = [("langevin", 3 * L)] * 3
     elif lesson.name == "lesson_05_ddpm":
         how = [("ddim", 50)] * 2 + [("ancestral", 60)]
+    elif lesson.name == "lesson_07_score_sde":
+        how = [("consistent", 6 + 1)] * 2 + [("predictor_corrector", 2 * 6 + 1)]
     else:
         how = [("consistent", L + 1)] * 2 + [("langevin", 2 * L + 1)]
     assert [tuple(draw[4:]) for draw in seen.draws] == how
     for network, config, shape, generator, *_ in seen.draws:
-        assert network.precision == "float32" and config.T == seen.config.T and shape == (64, 1, 28, 28)
+        assert network.precision == "float32" and config == seen.config and shape == (64, 1, 28, 28)
         assert torch.equal(generator.like(torch.empty(shape)), SeededNoise(range(3, 67)).like(torch.empty(shape)))
 
 
@@ -259,7 +297,7 @@ def test_the_last_frames_become_the_pictures(lesson, seen):
 
     assert level("samples_step_000005.png") == 0.3 and level("samples_step_000010.png") == 0.4
     assert level("samples.png") == 0.5
-    if lesson.name == "lesson_04_ncsnv2":
+    if lesson.name in DENOISED:
         assert level("samples_before_denoising.png") == 0.4
     with Image.open(seen.folder / "trajectory.gif") as gif:
         assert gif.n_frames == 3
@@ -294,6 +332,27 @@ def test_dropout_is_in_the_loss_and_not_in_the_pictures(lesson, tmp_path):
     assert losses[2:] == [False] * 4 and pictures == [True] * 4  # a new network returns zero, with any dropout
 
 
+@pytest.mark.lessons("lesson_07_score_sde")
+def test_the_pictures_of_a_training_follow_the_samplers_of_its_flags(lesson, tmp_path):
+    """The last ones: the chosen SDE, predictor and corrector, and a network that is not told the noise scale."""
+    module, seen = script(lesson.name, "sample"), []
+
+    def walk(score, x, sigmas, *how):
+        seen.append((score.network, sigmas, how))
+        return iter([x] * 3)
+
+    flags = ("--sde", "vp", "--predictor", "ancestral", "--no-corrector", "--r", 0.3, "--no-conditional")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "predictor_corrector", walk)
+        result = quick(lesson.name, *flags, "--output", tmp_path, draw=module.draw)
+    assert result.status == 0, result.stderr
+    ((network, sigmas, (predictor, corrector_steps, r, _, factors)),) = seen
+    assert (predictor, corrector_steps, r) == ("ancestral", 0, 0.3) and len(sigmas) == 4
+    torch.testing.assert_close(sigmas, (factors**-2 - 1).sqrt(), rtol=1e-4, atol=0)  # so that variances add up to 1
+    assert not any("embed" in name for name in network.state_dict())
+    assert network.state_dict()["first.weight"].shape[1] == 2**2  # no magnified copy of the pixels
+
+
 @pytest.mark.lessons("lesson_04_ncsnv2", "lesson_05_ddpm")
 def test_a_short_memory_and_a_long_one_learn_the_same_and_draw_different_pictures(lesson, tmp_path):
     folders = [tmp_path / decay for decay in ("0", "0.995")]
@@ -320,6 +379,21 @@ def test_paper_is_the_papers(lesson):
         assert (config.sigma_1, config.sigma_L, config.L, config.T, config.epsilon) == (1, 0.01, 10, 100, 2e-5)
     else:
         assert (config.sigma_L, config.overlap, config.T, config.ema_decay) == (0.01, 0.5, 5, 0.999)
+
+
+@pytest.mark.lessons("lesson_07_score_sde")
+def test_paper_is_the_papers_in_lesson_7(lesson):
+    """App. C and H, and the authors' code, whose gradients have length 1 at most; lesson 4's network."""
+    module = script(lesson.name)
+    config = module.Config(**module.PRESETS["paper"])
+    assert (config.steps, config.batch_size, config.learning_rate, config.ema_decay) == (1_300_000, 128, 2e-4, 0.999)
+    assert (config.optimizer, config.warmup, config.decay, config.clip) == ("adam", 5000, "constant", 1 / 784)
+    assert (config.width, config.blocks, config.patch, config.activation) == (64, 2, 1, "elu")
+    assert config.skip is False and config.focus == 0 and config.conditional is True
+    assert (config.sigma_L, config.N, config.r) == (0.01, 1000, 0.16)
+    assert (config.sde, config.predictor, config.corrector) == ("ve", "reverse_diffusion", True)
+    cifar10 = module.PRESETS["paper on cifar10"]
+    assert cifar10["width"] == 128 and cifar10["clip"] == 1 / 3 / 32**2
 
 
 @pytest.mark.lessons("lesson_05_ddpm")
