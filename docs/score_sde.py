@@ -158,6 +158,11 @@ def conditioning(table: Table, seven: SimpleNamespace) -> None:
                 table.add(setting, excess, fid=fid(after), noise=noise_in(before))
 
 
+def probes(x: Tensor, seed: int) -> torch.Generator:
+    """Where the signs of `likelihood.py` come from: never from the numbers that dequantised an image."""
+    return torch.Generator(x.device).manual_seed(10**6 + seed)
+
+
 def bits(table: Table, seven: SimpleNamespace) -> None:
     """How many bits per dimension do test digits have, and where do they come from?
 
@@ -168,7 +173,7 @@ def bits(table: Table, seven: SimpleNamespace) -> None:
     for sigma in table.missing("test digits", (0.001, 0.003, 0.01)):
         parts = []
         for part, k in zip(x.split(100), range(len(x))):
-            generator = torch.Generator(x.device).manual_seed(table.seed + k)
+            generator = probes(x, table.seed + k)
             parts.append(
                 torch.stack(
                     log_likelihood_terms(seven.float32, part, sigma, seven.sigma_max, few(seven, 24), generator)
@@ -179,11 +184,11 @@ def bits(table: Table, seven: SimpleNamespace) -> None:
         table.add("test digits", sigma, bits=each.mean(), error=each.std() / len(each) ** 0.5, prior=-prior.mean(),
                   divergence=-divergence.mean(), floor=math.log2(256 * sigma * math.sqrt(2 * math.pi)))  # fmt: skip
     for steps in table.missing("steps of the solver", (12, 24, 48)):
-        generator = torch.Generator(x.device).manual_seed(table.seed)
+        generator = probes(x, table.seed)
         terms = log_likelihood_terms(seven.float32, x[:50], 0.001, seven.sigma_max, few(seven, int(steps)), generator)
         table.add("steps of the solver", steps, bits=bits_per_dim(sum(terms), D).mean())
     for k in table.missing("probes of 10 digits", range(1, 9)):
-        generator = torch.Generator(x.device).manual_seed(int(k))
+        generator = probes(x, int(k))
         terms = log_likelihood_terms(seven.float32, x[:10], 0.001, seven.sigma_max, few(seven, 24), generator)
         table.add("probes of 10 digits", k, bits=bits_per_dim(sum(terms), D).mean())
 
