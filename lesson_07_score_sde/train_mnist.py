@@ -25,7 +25,7 @@ from sample import LESSON, SAMPLERS, draw, make_network, noise_levels, number_of
 from sde import VE
 
 from common.config import RunConfig
-from common.errors import usable
+from common.errors import LessonError, usable
 from common.images import save_grid
 from common.noise import noise_like
 from common.optimizer import Optimizer
@@ -54,7 +54,13 @@ class Config(RunConfig):
     predictor: Literal["reverse_diffusion", "ancestral", "euler_maruyama"] = "reverse_diffusion"  # paper, Sec. 4.1
     corrector: bool = True  # paper, Sec. 4.2: a step of Langevin dynamics after each of the predictor
     r: Annotated[float, 1e-3, 10] = 0.16  # paper, App. G: the corrector's "signal-to-noise ratio"
-    ema_decay: Annotated[float, 0, 1] = 0.995  # ours: a shorter memory for a shorter run; the paper has 0.999 for VE
+    ema_decay: Annotated[float, 0, 1] = 0.995  # ours: a shorter memory for a shorter run; paper, Technique 5: 0.999
+
+    def check(self) -> None:
+        """As `RunConfig.check`; and samplers must not go where the network has not been trained."""
+        super().check()
+        if self.sigma_L < self.sigma_min:
+            raise LessonError(f"--sigma-L {self.sigma_L} must not be below --sigma-min {self.sigma_min}")
 
 
 PRESETS = {

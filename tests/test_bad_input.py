@@ -145,6 +145,7 @@ FLAGS_OF_LESSON_7 = [
     ("--focus -1", 1, "--focus must lie between 0 and "),
     ("--sigma-min 0", 1, "--sigma-min must lie between 1e-06 and "),
     ("--sigma-min nan", 1, "--sigma-min must lie between"),
+    ("--sigma-min 0.4 --sigma-L 0.3", 1, "--sigma-L 0.3 must not be below --sigma-min 0.4"),
     ("--sigma-L 2000", 1, "--sigma-L must lie between"),
     ("--N 1", 1, "--N must lie between 2 and "),
     ("--r 0", 1, "--r must lie between 0.001 and "),
