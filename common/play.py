@@ -82,7 +82,7 @@ def read_flags(lesson: ModuleType) -> Namespace:
         else:
             kind = type(values[0])
             how = {"action": BooleanOptionalAction} if kind is bool else {"choices": values, "type": kind}
-        parser.add_argument(flag_of(name), **how, help="for samplers (default: as the training has it)")
+        parser.add_argument(flag_of(name), **how, help="(default: as in the training, or none)")
     options = parser.parse_args()
     for name, value in vars(options).items():
         if isinstance(value, str) and value.startswith("~"):
