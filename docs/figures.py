@@ -2,7 +2,7 @@
 
 lesson_03_denoising, lesson_03_noise_scales, lesson_04_sigma_1, lesson_04_line, lesson_04_modes, lesson_04_ladder and
 lesson_04_step_size need no trained network and take two minutes on one core.
-sampling_calls and measure read the .csv of their name; lesson_04_technique_1 to 5 and lesson_04_eta read
+sampling_calls, compare and measure read the .csv of their name; lesson_04_technique_1 to 5 and lesson_04_eta read
 docs/techniques.csv, which `python docs/techniques.py` writes.
 """
 
@@ -328,6 +328,30 @@ def sampling_calls(path: Path, source: Path = DOCS / "sampling_calls.csv") -> No
     save(figure, path)
 
 
+def compare(path: Path, source: Path = DOCS / "compare.csv") -> None:
+    """Digit FID against network calls of the five lessons: all seeds, and a line through their mean."""
+    lines, series = read_csv(source, TECHNIQUES_COLUMNS), {}
+    lines = [line for line in lines if (line["experiment"], line["y"]) == ("calls", "fid")]
+    for line in lines:
+        fids = series.setdefault(line["setting"].split(",")[0], {}).setdefault(int(line["x"]), [])
+        fids.append(float(line["value"]))
+    figure, (panel,) = panels(1)
+    for (name, several), color in zip(sorted(series.items()), ("gray", ORANGE, BLUE, PINK, GREEN), strict=True):
+        means = {calls: geometric_mean(fids) for calls, fids in sorted(several.items())}
+        lesson = name.removeprefix("lesson_").replace("_", " ").lstrip("0")
+        panel.plot(means.keys(), means.values(), color=color, linewidth=2, label=f"lesson {lesson}")
+        for calls, fids in several.items():
+            panel.plot([calls] * len(fids), fids, "o", color=color, markersize=5)
+    panel.set(xscale="log", yscale="log")
+    log_ticks(panel.xaxis, (10, 25, 50, 100, 1000))
+    log_ticks(panel.yaxis, (3, 5, 10, 20, 50, 100, 200, 500))
+    panel.set_xlabel("network calls for each sample", fontsize=12)
+    panel.set_ylabel(f"digit FID (n = {lines[0]['n']})", fontsize=12)
+    panel.legend(fontsize=11)
+    panel.grid(alpha=0.3)
+    save(figure, path)
+
+
 def technique_1(path: Path, source: Path = TECHNIQUES) -> None:
     """Technique 1: how many chains keep the class of the digit that they start at, over the noise at the start."""
     points, n = read_experiment(source, "technique_1", "kept")
@@ -609,6 +633,7 @@ FIGURES = {
     "lesson_04_eta": eta,
     "lesson_04_technique_5": technique_5,
     "sampling_calls": sampling_calls,
+    "compare": compare,
     "measure": measure,
 }
 

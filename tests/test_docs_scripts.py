@@ -11,6 +11,7 @@ from tests.running import ENVIRONMENT, ROOT
 
 sys.path.append(str(ROOT / "docs"))
 
+import compare
 import figures
 import figures_ddpm
 import figures_sde
@@ -147,6 +148,36 @@ def test_the_measurements_of_lessons_5_to_9_run_and_go_on(name, number, tmp_path
         assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     again = run_script(f"{name}.py", "--smoke", "--output", tmp_path)
     assert again.returncode == 0 and file.read_text().splitlines() == lines
+
+
+def test_the_comparison_runs_and_goes_on(tmp_path):
+    flags = "compare.py", "calls", "backbone", "--smoke", "--lessons", "lesson_04_ncsnv2", "--output", tmp_path
+    first = run_script(*flags)
+    assert first.returncode == 0, first.stderr
+    text = (tmp_path / "compare.csv").read_text()
+    assert text.count("calls,") == 3 and text.count("backbone,") == 3
+    assert run_script(*flags).returncode == 0 and (tmp_path / "compare.csv").read_text() == text
+    assert "choose one of lesson_03_ncsn" in run_script(*flags[:3], "--lessons", "lesson_06").stderr
+
+
+@pytest.mark.parametrize("weights", [{"sigmas": torch.tensor([10.0, 1.0, 0.1])}, {"sigma_max": 10.0}])
+@pytest.mark.parametrize("told", [True, False])
+def test_the_network_that_all_lessons_share(weights, told):
+    backbone, seen = compare.Backbone(1, weights, told), {}
+
+    def network(x, t):
+        seen.update(size=x.square().mean((1, 2, 3)), t=t)
+        return torch.ones_like(x)
+
+    backbone.network = torch.nn.Module()
+    backbone.network.forward = network
+    sigma = torch.tensor([10.0, 0.1])
+    x = sigma[:, None, None, None] * torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    out = backbone(x, torch.tensor([0, 2]) if "sigmas" in weights else sigma)
+    torch.testing.assert_close(out, -torch.ones_like(x) / sigma[:, None, None, None])
+    torch.testing.assert_close(seen["size"], x.square().mean((1, 2, 3)) / (0.2 + x.square().mean((1, 2, 3))))
+    ladder = [0, 2 / 3] if "sigmas" in weights else [0, 0.5]  # sigma 0.1 is half-way from 10 to 0.001
+    torch.testing.assert_close(seen["t"], 1000 * torch.tensor(ladder) if told else torch.zeros(2))
 
 
 def test_the_variance_that_few_steps_leave():

@@ -1,0 +1,189 @@
+"""The five lessons on equal terms: `python docs/compare.py`, or names of some of its experiments.
+
+`calls` and `cost` take the weights of the lesson runs: pretrained.pt is seed 0, and seed 1 and 2 are in output_1 and
+output_2 of a lesson's folder (`python train_mnist.py --seed 1 --output output_1`); those that are not there are left
+out. `backbone` trains. Adds lines to docs/compare.csv after each measurement, and leaves out those that are there;
+`python docs/figures.py compare` makes a picture of them. The seed of a line is that of the training.
+"""
+
+import importlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from techniques import Table, real_features
+
+from common.checkpoint import load_lesson, load_network
+from common.cli import run
+from common.config import check_choice, check_range
+from common.digit_metrics import digit_features, frechet_distance, precision_recall
+from common.machine import choose_device, sampling_precision
+from common.play import sample_all
+from common.run import Run
+from lesson_05_ddpm.noise_network import NoiseNetwork
+
+SAMPLERS = {  # a lesson's best sampler of about 10, 25, 50, 100 and 1000 network calls
+    "lesson_03_ncsn": [("langevin", K) for K in (10, 20, 50, 100, 1000)],
+    "lesson_04_ncsnv2": [*(("consistent", K) for K in (10, 25, 50, 97)), ("langevin", 961)],
+    "lesson_05_ddpm": [("ancestral", K) for K in (10, 25, 50, 100, 1000)],
+    "lesson_07_score_sde": [*(("consistent", K) for K in (10, 25, 50, 100)), ("predictor_corrector", 999)],
+    "lesson_09_improved_ddpm": [("ancestral", K) for K in (10, 25, 50, 100, 1000)],
+}
+SEEDS = (0, 1, 2)
+FEW_STEPS = 1100  # of `backbone`, with BATCH images each: a quarter of a lesson run
+BATCH = 128
+
+
+def fresh(name: str) -> ModuleType:
+    """A lesson's sample.py; the files of other lessons, which have the same names, are forgotten."""
+    for file in ROOT.glob("lesson_*/*.py"):
+        sys.modules.pop(file.stem, None)
+    return load_lesson(name)
+
+
+def checkpoint(name: str, seed: int) -> Path:
+    """Where the weights of a lesson's run are."""
+    return ROOT / name / ("pretrained.pt" if seed == 0 else f"output_{seed}/checkpoint.pt")
+
+
+def score(table: Table, setting: str, K: int, lesson: ModuleType, network, config, shape, sampler: str) -> None:
+    """Adds digit FID, precision and recall of n samples, of the image seeds 1, 2, ..."""
+    precision = sampling_precision("auto", config.precision, choose_device())
+    images, _ = sample_all(lesson, network, config, (table.n, *shape), 1, sampler, K, precision)
+    found = digit_features(images.clamp(0, 1))
+    precision, recall = precision_recall(real_features(), found)
+    table.add(setting, K, fid=frechet_distance(found, real_features()), precision=precision, recall=recall)
+
+
+def calls(name: str, table: Table) -> None:
+    """How good are the digits after so many network calls, by the lesson's best sampler for them?"""
+    path = checkpoint(name, table.seed)
+    if not path.is_file():
+        return print(f"  {path} is not there: left out")
+    most = 1 if table.smoke else 5 if table.seed == 0 else 4  # 1000 calls take long: one seed
+    for sampler, K in SAMPLERS[name][:most]:
+        for _ in table.missing(f"{name}, {sampler}", [K]):
+            lesson = fresh(name)
+            network, config, found = load_network(lesson, path, choose_device())
+            score(table, f"{name}, {sampler}", K, lesson, network, config, found["image_shape"], sampler)
+
+
+def timed(*command) -> float:
+    """The seconds that a command takes in a process of its own."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - begin
+
+
+def cost(name: str, table: Table) -> None:
+    """What does a lesson run take? Parameters, images, images a second, gigabytes; seconds for 64 digits, 100 calls."""
+    if not table.missing(name, [0]):
+        return
+    lesson = fresh(name)
+    network, _, found = load_network(lesson, checkpoint(name, 0), choose_device())
+    config = found["config"]
+    sampler, K = SAMPLERS[name][3]
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ROOT / name / "train_mnist.py", "--preview-every", 10_000, "--output", folder, "--overwrite"
+        few, more = (timed(*flags, "--steps", steps) for steps in (20, 140))
+        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # kilobytes, of the largest process so far
+        sampling = ROOT / name / "sample.py", "--sampler", sampler, "--output", f"{folder}/drawn.png"
+        startup = timed(ROOT / name / "sample.py", "--info")
+        seconds = timed(*sampling, "--calls", K, "--checkpoint", checkpoint(name, 0)) - startup
+    table.add(
+        name,
+        0,
+        parameters=sum(p.numel() for p in network.parameters()),
+        images=config["steps"] * config["batch_size"],
+        rate=120 * config["batch_size"] / (more - few),
+        gigabytes=memory / 1e6,
+        seconds=seconds,
+    )
+
+
+class Backbone(nn.Module):
+    """Lesson 5's network in the place of a lesson's own: it gets images of unit size, and returns noise or a score.
+
+    For a lesson with a ladder of scales, `sigmas` (L,), or with `sigma_max`, the score is -eps / sigma, of images
+    c x with c = 1 / sqrt(0.2 + mean x^2). Told: the position of sigma on the ladder, from 0 to 1000, in place of t.
+    """
+
+    def __init__(self, channels: int, weights: dict, told: bool):
+        super().__init__()
+        self.network, self.told = NoiseNetwork(channels, width=32, levels=2, blocks=1, patch=2), told
+        for name in ("sigmas", "sigma_max"):
+            if name in weights:
+                self.register_buffer(name, torch.as_tensor(weights[name]).clone())
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """x (B, C, H, W) noisy images, level (B,): i of a ladder, or sigma; returns the score (B, C, H, W)."""
+        if hasattr(self, "sigmas"):
+            sigma, place = self.sigmas[level], level / len(self.sigmas)
+        else:
+            sigma, place = level, (self.sigma_max / level).log() / (self.sigma_max / 0.001).log()
+        c = torch.rsqrt(0.2 + x.square().mean(dim=(1, 2, 3), keepdim=True))  # (B, 1, 1, 1)
+        t = 1000 * place if self.told else torch.zeros_like(sigma)
+        return -self.network(c * x, t) / sigma[:, None, None, None]
+
+
+def backbone(name: str, table: Table) -> None:
+    """How good are the digits if all lessons have lesson 5's network, and the same number of images?"""
+    steps = 3 if table.smoke else FEW_STEPS
+    if not table.missing(f"{name}, {SAMPLERS[name][2][0]}", [SAMPLERS[name][2][1]]):
+        return
+    lesson, train_mnist = fresh(name), importlib.import_module("train_mnist")
+    if hasattr(train_mnist, "largest_pairwise_distance") or name == "lesson_03_ncsn":
+        make = lambda config, channels, weights: Backbone(channels, weights, told=name != "lesson_04_ncsnv2")
+        lesson.make_network = train_mnist.make_network = make
+    changes = {"scale_shift": False} if name == "lesson_09_improved_ddpm" else {}
+    with tempfile.TemporaryDirectory() as folder:
+        how = dict(steps=steps, batch_size=BATCH, preview_every=10_000, seed=table.seed, output=folder)
+        training = Run(train_mnist.Config(**how, **changes), lesson.LESSON)
+        training.last_pictures = lambda frames: 2 * [torch.zeros(1, *training.image_shape)]  # none: they take minutes
+        train_mnist.train(training.config, training)
+    network = training.parts.get("ema", training.parts["network"]).eval()
+    for sampler, K in SAMPLERS[name][2:4]:
+        K = min(K, 20) if table.smoke else K
+        score(table, f"{name}, {sampler}", K, lesson, network, training.config, training.image_shape, sampler)
+
+
+EXPERIMENTS = {"calls": (calls, 1000), "cost": (cost, 64), "backbone": (backbone, 1000)}
+
+
+def main() -> None:
+    """Measures what is missing in the file."""
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
+    parser.add_argument("--lessons", nargs="*", default=list(SAMPLERS), metavar="folder", help="(default: all five)")
+    parser.add_argument("--num", type=int, help="how many images (default: 1000)")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of compare.csv (default: docs)")
+    parser.add_argument("--smoke", action="store_true", help="three steps and few images: tests the script")
+    options = parser.parse_args()
+    for each in options.names:
+        check_choice("experiment", each, EXPERIMENTS)
+    for name in options.lessons:
+        check_choice("--lessons", name, SAMPLERS)
+    if options.num is not None:
+        check_range("--num", options.num, 4, 10_000)
+    for each in options.names or EXPERIMENTS:
+        function, n = EXPERIMENTS[each]
+        print(f"{each}: {function.__doc__}", flush=True)
+        n = options.num or (8 if options.smoke else n)
+        for seed in SEEDS if each == "calls" else SEEDS[:1]:
+            for name in options.lessons:
+                function(name, Table(options.output / "compare.csv", each, n, seed, False, options.smoke))
+
+
+if __name__ == "__main__":
+    run(main)
