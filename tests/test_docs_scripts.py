@@ -100,7 +100,7 @@ def test_the_techniques_run_and_go_on(tmp_path):
     assert all(f"{name.__name__}: " in first.stdout for name in techniques.EXPERIMENTS)
     csv = tmp_path / "techniques.csv"
     lines = csv.read_text().splitlines()
-    assert lines[0] == ",".join(figures.TECHNIQUES_COLUMNS)
+    assert lines[0] == ",".join(techniques.COLUMNS)
     assert len(lines) == len({tuple(line.split(",")[:4]) for line in lines}) > 100
     names = {path.name for path in (tmp_path / "images").iterdir()}
     pictures = "lesson_04_technique_5_pictures"
@@ -137,7 +137,7 @@ def test_the_measurements_of_lessons_5_to_9_run_and_go_on(name, number, tmp_path
     assert first.returncode == 0, first.stderr
     file = tmp_path / f"{name}.csv"
     lines = file.read_text().splitlines()
-    assert lines[0] == ",".join(figures.TECHNIQUES_COLUMNS)
+    assert lines[0] == ",".join(techniques.COLUMNS)
     with file.open(newline="") as text:
         rows = [tuple(row[:4]) for row in csv.reader(text)]
     assert len(rows) == len(set(rows)) > 20
