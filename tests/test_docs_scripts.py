@@ -1,6 +1,7 @@
 """The scripts that make the tables and figures of the READMEs."""
 
 import csv
+import re
 import subprocess
 import sys
 
@@ -35,10 +36,18 @@ def test_the_exact_score_is_the_gradient_of_the_log_density():
     torch.testing.assert_close(figures.exact_score(images, sigmas)(x.detach(), i), x.grad)
 
 
-@pytest.mark.parametrize("name", ["lesson_04_ladder", "lesson_04_step_size", "measure"])
+@pytest.mark.parametrize("name", ["lesson_04_ladder", "measure"])
 def test_figures(name, tmp_path):
     figures.FIGURES[name](tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_of_step_sizes_prints_the_table_of_the_recursion(tmp_path, capsys):
+    figures.step_size(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    printed = re.findall(r"^\| [123] \|.*", capsys.readouterr().out, re.MULTILINE)
+    page = (ROOT / "lesson_04_ncsnv2" / "README.md").read_text()
+    assert len(printed) == 3 and "\n".join(printed) in page
 
 
 def test_figures_of_measurements(tmp_path):
