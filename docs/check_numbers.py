@@ -30,7 +30,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 REASONS = ("paper", "formula", "setting", "notation", "words")
 TABLE = re.compile(r"(?:^<!-- numbers: ((?:(?!-->)[\s\S])*)-->\n)?((?:^\|.*\n?)+)", re.MULTILINE)
-SOURCE = re.compile(r"(mean )?(\S+\.csv) (.+?)(?: \* (\S+))?(?: for (.+))?")
+SOURCE = re.compile(r"(mean )?(\S+\.csv) (.+?)(?: \* (-?[\d.]+))?(?: for (.+))?")
 NAMES = re.compile(r"`[^`]*`|\b(lessons?|seeds?) \d+((, | and )\d+)*")  # code, and what names runs: "seeds 1 and 2"
 DIGIT = re.compile(r"(?<![\w^{.])(?<!\w-)\d")  # but not those of x_0, x^2, sigma_{i-1}, CIFAR-10
 NUMBER = re.compile(r"(?<![\w.^+-])(-?(?:\d{1,3}(?: \d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?)(?![\w.]*\w)( ?%| calls\b)?")
