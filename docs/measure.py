@@ -19,13 +19,15 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import origin
+
 from common.cli import run
 from common.config import check_choice, check_range
 from common.data import load_images, load_labels
 from common.digit_metrics import digit_features, frechet_distance, precision_recall
 
 GAP = 5  # pixels: a little more than the width of a stroke
-COLUMNS = ("damage", "strength", "n", "seed", "fid", "precision", "recall")
+COLUMNS = ("damage", "strength", "n", "seed", "fid", "precision", "recall", *origin.COLUMNS)
 
 
 @functools.cache
@@ -113,7 +115,7 @@ def write_table(lines: list[list[str]], n: int) -> str:
     table = ["| damage | digit FID | precision | recall |", "| --- | --- | --- | --- |"]
     for damage, (text, _, strengths) in DAMAGES.items():
         for strength in strengths:
-            found = [line[4:] for line in lines if line[:3] == [damage, f"{strength:g}", str(n)]]
+            found = [line[4:7] for line in lines if line[:3] == [damage, f"{strength:g}", str(n)]]
             if found:
                 fid, precision, recall = ([float(number) for number in column] for column in zip(*found))
                 spread = f"{mean(fid):.1f} ({min(fid):.1f} to {max(fid):.1f})"
@@ -133,7 +135,7 @@ def main() -> None:
     check_range("--seeds", options.seeds, 1, 1000)
     for name in options.names:
         check_choice("damage", name, DAMAGES)
-    lines = list(csv.reader(options.csv.read_text().splitlines())) if options.csv.is_file() else [list(COLUMNS)]
+    lines = origin.read(options.csv, COLUMNS)
     test_features = digit_features(load_images("mnist", split="test") / 255)  # (10000, F)
     for damage in options.names or DAMAGES:
         for strength, seed in ((strength, seed) for strength in DAMAGES[damage][2] for seed in range(options.seeds)):
@@ -142,7 +144,7 @@ def main() -> None:
                 continue
             features = digit_features(damaged(damage, strength, options.num, seed))
             numbers = (frechet_distance(features, test_features), *precision_recall(test_features, features))
-            lines.append([*key, *(f"{number:.3f}" for number in numbers)])
+            lines.append([*key, *(f"{number:.3f}" for number in numbers), *origin.origin(damage)])
             with options.csv.open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(lines)
     print(write_table(lines, options.num))

@@ -12,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import origin
+
 from common.checkpoint import load_lesson, load_network
 from common.cli import run
 from common.digit_metrics import digit_report
@@ -19,7 +21,7 @@ from common.machine import choose_device, sampling_precision
 from common.play import sample_all
 
 CALLS = {"consistent": (13, 25, 49, 97), "langevin": (289, 961)}
-COLUMNS = ("sampler", "calls", "n", "seed", "fid", "precision", "recall")
+COLUMNS = ("sampler", "calls", "n", "seed", "fid", "precision", "recall", *origin.COLUMNS)
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def main() -> None:
     network, config, checkpoint = load_network(lesson, options.checkpoint, device)
     precision = sampling_precision("auto", config.precision, device)
     shape = (options.num, *checkpoint["image_shape"])
-    lines = list(csv.reader(options.csv.read_text().splitlines())) if options.csv.is_file() else [COLUMNS]
+    lines = origin.read(options.csv, COLUMNS)
     there = {tuple(line[:3]) for line in lines}
     for sampler, calls in ((sampler, calls) for sampler, several in CALLS.items() for calls in several):
         if (sampler, str(calls), str(options.num)) in there:
@@ -41,7 +43,7 @@ def main() -> None:
         x, _ = sample_all(lesson, network, config, shape, 1, sampler, calls, precision)
         found = digit_report(x.clamp(0, 1))["samples"]
         numbers = [f"{found[name]:.3f}" for name in ("fid", "precision", "recall")]
-        lines.append([sampler, calls, options.num, 1, *numbers])
+        lines.append([sampler, calls, options.num, 1, *numbers, *origin.origin()])
         with options.csv.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import figures
+import origin
 
 import lesson_03_ncsn.sampler as sampler_3
 from common.checkpoint import load_lesson, load_network
@@ -49,6 +50,8 @@ from lesson_04_ncsnv2.sampler import (
     smallest_eta,
 )
 from lesson_04_ncsnv2.unconditional import noise_after_langevin, step_size_for_all_scales
+
+COLUMNS = (*figures.TECHNIQUES_COLUMNS, *origin.COLUMNS)
 
 
 class Trained(NamedTuple):
@@ -81,8 +84,8 @@ class Table:
 
     def __init__(self, path: Path, experiment: str, n: int, seed: int, again: bool, smoke: bool):
         self.path, self.experiment, self.n, self.seed, self.smoke = path, experiment, n, seed, smoke
-        lines = list(csv.reader(path.read_text().splitlines())) if path.is_file() else [figures.TECHNIQUES_COLUMNS]
-        mine = [line for line in lines if (line[0], *line[5:]) == (experiment, str(n), str(seed))]
+        lines = origin.read(path, COLUMNS)
+        mine = [line for line in lines if (line[0], *line[5:7]) == (experiment, str(n), str(seed))]
         if again or not path.is_file():
             lines, mine = [line for line in lines if line not in mine], []
             with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
@@ -99,7 +102,7 @@ class Table:
         with self.path.open("a", newline="") as file:
             for name, value in values.items() if self.missing(setting, [x]) else ():
                 line = self.experiment, setting, f"{x:.6g}", name, f"{value:.6g}", self.n, self.seed
-                csv.writer(file, lineterminator="\n").writerow(line)
+                csv.writer(file, lineterminator="\n").writerow([*line, *origin.origin(self.experiment)])
         self.there.add((setting, f"{x:.6g}"))
         print(f"  {setting}: {x:.4g}: " + ", ".join(f"{name} {v:.4g}" for name, v in values.items()), flush=True)
 

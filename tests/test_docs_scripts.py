@@ -1,6 +1,7 @@
 """The scripts that make the tables and figures of the READMEs."""
 
 import csv
+import re
 import subprocess
 import sys
 
@@ -36,10 +37,18 @@ def test_the_exact_score_is_the_gradient_of_the_log_density():
     torch.testing.assert_close(figures.exact_score(images, sigmas)(x.detach(), i), x.grad)
 
 
-@pytest.mark.parametrize("name", ["lesson_04_ladder", "lesson_04_step_size", "measure"])
+@pytest.mark.parametrize("name", ["lesson_04_ladder", "measure"])
 def test_figures(name, tmp_path):
     figures.FIGURES[name](tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_of_step_sizes_prints_the_table_of_the_recursion(tmp_path, capsys):
+    figures.step_size(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    printed = re.findall(r"^\| [123] \|.*", capsys.readouterr().out, re.MULTILINE)
+    page = (ROOT / "lesson_04_ncsnv2" / "README.md").read_text()
+    assert len(printed) == 3 and "\n".join(printed) in page
 
 
 def test_figures_of_measurements(tmp_path):
@@ -101,7 +110,7 @@ def test_the_techniques_run_and_go_on(tmp_path):
     assert all(f"{name.__name__}: " in first.stdout for name in techniques.EXPERIMENTS)
     csv = tmp_path / "techniques.csv"
     lines = csv.read_text().splitlines()
-    assert lines[0] == ",".join(figures.TECHNIQUES_COLUMNS)
+    assert lines[0] == ",".join(techniques.COLUMNS)
     assert len(lines) == len({tuple(line.split(",")[:4]) for line in lines}) > 100
     names = {path.name for path in (tmp_path / "images").iterdir()}
     pictures = "lesson_04_technique_5_pictures"
@@ -138,7 +147,7 @@ def test_the_measurements_of_lessons_5_to_9_run_and_go_on(name, number, tmp_path
     assert first.returncode == 0, first.stderr
     file = tmp_path / f"{name}.csv"
     lines = file.read_text().splitlines()
-    assert lines[0] == ",".join(figures.TECHNIQUES_COLUMNS)
+    assert lines[0] == ",".join(techniques.COLUMNS)
     with file.open(newline="") as text:
         rows = [tuple(row[:4]) for row in csv.reader(text)]
     assert len(rows) == len(set(rows)) > 20

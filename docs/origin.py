@@ -1,0 +1,55 @@
+"""Where a measurement comes from: the columns command, machine and date of the CSV files beside the figures."""
+
+import csv
+import functools
+import platform
+import re
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from common.errors import LessonError
+from common.machine import choose_device
+
+COLUMNS = ("command", "machine", "date")
+
+
+def origin(*name: str) -> tuple[str, str, str]:
+    """Command, machine and day (ISO) of what this process measures now; name: the experiment's, if it has one."""
+    return command(*name), machine(), date.today().isoformat()
+
+
+def command(*name: str) -> str:
+    """What measures `name` again: this script and its flags, without other names, and without where to write."""
+    words = sys.argv[1:]
+    flags = words[[*(word.startswith("-") for word in words), True].index(True) :]
+    line = shlex.join(["python", f"docs/{Path(sys.argv[0]).name}", *name, *flags])
+    return re.sub(r" --(again|(csv|output)[ =]\S+)", "", line)
+
+
+def read(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
+    """The lines of a CSV file, the names of its columns first; nothing but those if there is no such file.
+
+    LessonError if it has other columns.
+    """
+    lines = list(csv.reader(path.read_text().splitlines())) if path.is_file() else [list(columns)]
+    if lines[:1] != [list(columns)]:
+        raise LessonError(f"{path} needs the columns {', '.join(columns)}, in this order")
+    return lines
+
+
+@functools.cache
+def machine() -> str:
+    """The processor's name as the system gives it (on a GPU: its name), whether it has bf16, threads, PyTorch."""
+    pytorch = f"PyTorch {torch.__version__.split('+')[0]}"
+    if choose_device().type == "cuda":
+        return f"{torch.cuda.get_device_name()}, {pytorch}"
+    about = Path("/proc/cpuinfo")  # Linux
+    text = about.read_text() if about.is_file() else ""
+    found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}{' with bf16' * ('bf16' in text)}, {threads} thread{'s' * (threads > 1)}, {pytorch}"
