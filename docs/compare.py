@@ -41,7 +41,7 @@ SAMPLERS = {  # a lesson's best sampler of about 10, 25, 50, 100 and 1000 networ
     "lesson_09_improved_ddpm": [("ancestral", K) for K in (10, 25, 50, 100, 1000)],
 }
 SEEDS = (0, 1, 2)
-FEW_STEPS = 1100  # of `backbone`, with BATCH images each: a quarter of a lesson run
+FEW_STEPS = 800  # of `backbone`, with BATCH images each: a fifth of a lesson run
 BATCH = 128
 
 
