@@ -118,7 +118,7 @@ def test_mathematics_is_in_the_form_that_github_renders():
         assert r"\(" not in text and r"\[" not in text, path
         for before, formula, after in re.findall(r"(.?)(\$\$?[^$]+\$\$?)(.?)", text):
             assert not re.search(r"\\[^a-zA-Z\s]", formula), f"{path}: {formula}"
-            assert not re.match(r"[\w*-]", before) and not re.match(r"[\w*-]", after), f"{path}: {formula}"
+            assert not re.match(r"[\w*-]", before) and not re.match(r"[\w*]", after), f"{path}: {formula}"
         for paragraph in text.split("\n\n"):
             assert paragraph.count("$") % 2 == 0, f"{path}: {paragraph}"
 
