@@ -40,7 +40,7 @@ def faults(folder, text, measured=CALLS):
 def test_every_number_of_the_pages_was_measured(page):
     tables, numbers, wrong = check_numbers.check(page, ROOT)
     assert wrong == []
-    assert tables >= 3 and numbers >= 1
+    assert tables >= 2 and numbers >= 1
 
 
 @pytest.mark.parametrize("page", check_numbers.pages(ROOT), ids=lambda page: str(page.relative_to(ROOT)))
