@@ -331,7 +331,7 @@ def sampling_calls(path: Path, source: Path = DOCS / "sampling_calls.csv") -> No
 def compare(path: Path, source: Path = DOCS / "compare.csv") -> None:
     """Digit FID against network calls of the five lessons: all seeds, and a line through their mean."""
     lines, series = read_csv(source, TECHNIQUES_COLUMNS), {}
-    lines = [line for line in lines if (line["experiment"], line["y"]) == ("calls", "fid")]
+    lines = [line for line in lines if line["experiment"] in ("calls", "many calls") and line["y"] == "fid"]
     for line in lines:
         fids = series.setdefault(line["setting"].split(",")[0], {}).setdefault(int(line["x"]), [])
         fids.append(float(line["value"]))
@@ -342,7 +342,7 @@ def compare(path: Path, source: Path = DOCS / "compare.csv") -> None:
         panel.plot(means.keys(), means.values(), color=color, linewidth=2, label=f"lesson {lesson}")
         for calls, fids in several.items():
             panel.plot([calls] * len(fids), fids, "o", color=color, markersize=5)
-    panel.set(xscale="log", yscale="log")
+    panel.set(xscale="log", yscale="log", ylim=(3, 1000))
     log_ticks(panel.xaxis, (10, 25, 50, 100, 1000))
     log_ticks(panel.yaxis, (3, 5, 10, 20, 50, 100, 200, 500))
     panel.set_xlabel("network calls for each sample", fontsize=12)
