@@ -614,15 +614,15 @@ FIGURES = {
 
 
 def make(doc: str, figures: dict[str, Callable[[Path], None]]) -> None:
-    """Makes those of the figures that are named on the command line, or all; doc is the script's docstring."""
+    """Makes the figures that are named on the command line, or all of docs/images; doc is the script's docstring."""
     parser = ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(figures)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(figures)}; or all that are there")
     parser.add_argument("--output", default=str(DOCS / "images"), help="folder (default: docs/images)")
     options = parser.parse_args()
     for name in options.names:
         if name not in figures:
             raise LessonError(f"there is no figure {name}: choose from {', '.join(figures)}")
-    for name in options.names or figures:
+    for name in options.names or [name for name in figures if (DOCS / "images" / f"{name}.png").is_file()]:
         figures[name](Path(options.output) / f"{name}.png")
 
 
