@@ -114,7 +114,7 @@ def noise_levels(path: Path) -> None:
     for rows, (name, sigmas) in zip(figure.subfigures(2, 1), levels.items(), strict=True):
         rows.suptitle(name, fontsize=12)
         for panel, sigma in zip(rows.subplots(1, 10), sigmas.tolist(), strict=True):
-            panel.imshow((x + sigma * z).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+            panel.imshow((x + sigma * z).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
             panel.set_title(f"{sigma:.{3 if sigma > 10 else 2}g}", fontsize=12, pad=3)
             panel.set_axis_off()
         print(f"{name}: {', '.join(f'{sigma:.2g}' for sigma in sigmas.tolist())}")
