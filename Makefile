@@ -16,7 +16,7 @@ $(LESSONS): lesson-%: $(VENV)/installed
 	cd lesson_$*_* && "$(BIN)/python" train_mnist.py
 
 test: $(VENV)/installed-dev lint
-	"$(BIN)/python" -m pytest -n 2 --dist loadfile $(if $(L),-k lesson_0$(L))
+	"$(BIN)/python" -m pytest -n 2 --dist loadfile $(if $(L),-k "lesson_0$(L) or lesson_$(L)")
 
 lint: $(VENV)/installed-dev
 	"$(BIN)/ruff" check .
