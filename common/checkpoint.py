@@ -61,10 +61,15 @@ def load_weights(module: torch.nn.Module, weights: dict, path) -> None:
 
 
 def load_lesson(name: str) -> ModuleType:
-    """A lesson's sample.py, of which `common` uses what `common.play` lists. LessonError if there is no such lesson."""
+    """A lesson's sample.py, of which `common` uses what `common.play` lists. LessonError if there is no such lesson.
+
+    Another lesson may have been loaded before, with files of the same names.
+    """
     if not name.isidentifier() or not (ROOT / name / "sample.py").is_file():
         raise LessonError(f"there is no folder {name} with a sample.py beside common/")
     sys.path.insert(0, str(ROOT / name))  # it imports the files beside it
+    for path in (ROOT / name).glob("*.py"):
+        sys.modules.pop(path.stem, None)
     return importlib.import_module("sample")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from common.checkpoint import load_checkpoint, load_file, load_lesson, load_network
 from common.cli import by_product, run
-from common.config import check_choice, check_range
+from common.config import check_choice, check_range, flag_of
 from common.digit_metrics import digit_report, gray, print_report
 from common.errors import LessonError
 from common.files import atomic_write, check_writable
@@ -31,6 +31,7 @@ def main() -> None:
     add("--calls", type=int, help="network calls for each sample (default: as many as the paper has)")
     add("--save", metavar="PATH", help="also write the samples, as a tensor, to this file")
     options = parser.parse_args()
+    named = [flag_of(name) for name, value in vars(options).items() if value != parser.get_default(name)]
     options.path, options.save = (path and os.path.expanduser(path) for path in (options.path, options.save))
     check_range("--num", options.num, 4, 10_000)
     check_range("--seed", options.seed, 0, 2**62)
@@ -57,6 +58,8 @@ def main() -> None:
         if options.save:
             with by_product(options.save), atomic_write(options.save) as temporary:
                 torch.save(samples, temporary)
+    elif named[1:]:  # the first is the path
+        raise LessonError(f"{options.path} has the samples already: leave out {', '.join(named[1:])}")
     elif samples.min() < -0.05 or samples.max() > 1.05:
         low, high = samples.min(), samples.max()
         print(f"values from {low:.2f} to {high:.2f} are clamped to [0, 1]; if black is -1, save (x + 1) / 2")

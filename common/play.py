@@ -11,10 +11,11 @@ fill_in(network, config, y, known, generator, calls) -> y (N, C, H, W) with othe
 noise_levels(network, config) -> the names of the noise levels, from the noisiest on;
 noise_and_guess(network, config, x, z, k) -> x with noise z of level k, and the network's guess of the clean images.
 
-It may hold two more: OPTIONS, {field of config: values, or a type} that only samplers use, which become flags; and
+It may hold three more: OPTIONS, {field of config: values, or a type} that only samplers use, which become flags;
 PICTURES, {flag: function(network, config, n, seed, calls, x)}, with pairs of test images x (n, 2, C, H, W), which
-returns images and how many are a row; the function's docstring is the flag's help. A field that the configuration of a
-training does not have is None if no flag names it.
+returns images and how many are a row; the function's docstring is the flag's help; and ONLY_FOR, {flag: the samplers
+and pictures that it has an effect on}, if these are not all. A field that the configuration of a training does not have
+is None if no flag names it.
 
 config is that of the training. Images are in [0, 1].
 """
@@ -55,9 +56,10 @@ def main(lesson: ModuleType) -> None:
 
 def read_flags(lesson: ModuleType) -> Namespace:
     """The flags of sample.py, checked."""
-    parser = ArgumentParser(description=(lesson.__doc__ or "").split("\n")[0], allow_abbrev=False)
+    usage = "%(prog)s [--FLAG VALUE ...], with these flags"
+    parser = ArgumentParser(description=(lesson.__doc__ or "").split("\n")[0], usage=usage, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", help="what train_mnist.py wrote (default: output/checkpoint.pt, or else pretrained.pt)")
+    add("--checkpoint", metavar="PATH", help="of a training (default: output/checkpoint.pt, or else pretrained.pt)")
     add("--num", type=int, help="how many images, or rows of them (default: 64 images, 8 rows, 4 for --denoise)")
     add("--seed", type=int, default=1, help="image k is the sample of seed + k, always the same (default: 1)")
     add("--sampler", choices=lesson.SAMPLERS, help=f"(default: {lesson.SAMPLERS[0]}; {lesson.FILLS_IN} for --inpaint)")
@@ -84,6 +86,7 @@ def read_flags(lesson: ModuleType) -> Namespace:
             how = {"action": BooleanOptionalAction} if kind is bool else {"choices": values, "type": kind}
         parser.add_argument(flag_of(name), **how, help="(default: as in the training, or none)")
     options = parser.parse_args()
+    named = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     for name, value in vars(options).items():
         if isinstance(value, str) and value.startswith("~"):
             setattr(options, name, os.path.expanduser(value))
@@ -98,6 +101,7 @@ def read_flags(lesson: ModuleType) -> Namespace:
         check_range("--calls", options.calls)
     if options.inpaint and options.sampler != lesson.FILLS_IN:
         raise LessonError(f"--inpaint follows {lesson.FILLS_IN}: leave out --sampler")
+    check_effects(lesson, options, named - {"checkpoint", "gif", "strip", options.verb})
     if options.verb != "drawn" and (options.gif or options.strip):
         raise LessonError(f"--gif and --strip show how plain samples come about: leave out {flag_of(options.verb)}")
     for flag, ending in (("output", ".png"), ("gif", ".gif"), ("strip", ".png")):
@@ -105,6 +109,20 @@ def read_flags(lesson: ModuleType) -> Namespace:
         if path and Path(path).suffix.lower() != ending:
             raise LessonError(f"--{flag} {path}: the name must end in {ending}")
     return options
+
+
+def check_effects(lesson: ModuleType, options: Namespace, named: set[str]) -> None:
+    """LessonError, one line that says where it has one, for the first of the named flags that would have no effect."""
+    sampled, own = ("drawn", "interpolate", "nearest"), tuple(own_pictures(lesson))
+    only_for = {name: (*sampled, "inpaint", "denoise", *own) for name in vars(options)}  # all but --info
+    only_for |= {"sampler": (*sampled, "inpaint"), "calls": (*sampled, "inpaint", *own)}
+    only_for |= {"images": ("nearest", "inpaint", "denoise", *own)} | getattr(lesson, "ONLY_FOR", {})
+    if options.denoise:  # a picture of one's own
+        only_for |= dict.fromkeys(("num", "images"), ("nearest", "inpaint"))
+    here = {options.verb, options.sampler} if options.verb in sampled else {options.verb}
+    for name in sorted(named):
+        if not here & set(only_for[name]):
+            raise LessonError(f"{flag_of(name)} has no effect here, only for {', '.join(only_for[name])}: leave it out")
 
 
 def own_options(lesson: ModuleType) -> dict:

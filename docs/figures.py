@@ -114,7 +114,7 @@ def noise_levels(path: Path) -> None:
     for rows, (name, sigmas) in zip(figure.subfigures(2, 1), levels.items(), strict=True):
         rows.suptitle(name, fontsize=12)
         for panel, sigma in zip(rows.subplots(1, 10), sigmas.tolist(), strict=True):
-            panel.imshow((x + sigma * z).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+            panel.imshow((x + sigma * z).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
             panel.set_title(f"{sigma:.{3 if sigma > 10 else 2}g}", fontsize=12, pad=3)
             panel.set_axis_off()
         print(f"{name}: {', '.join(f'{sigma:.2g}' for sigma in sigmas.tolist())}")
@@ -639,15 +639,15 @@ FIGURES = {
 
 
 def make(doc: str, figures: dict[str, Callable[[Path], None]]) -> None:
-    """Makes those of the figures that are named on the command line, or all; doc is the script's docstring."""
+    """Makes the figures that are named on the command line, or all of docs/images; doc is the script's docstring."""
     parser = ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(figures)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(figures)}; or all that are there")
     parser.add_argument("--output", default=str(DOCS / "images"), help="folder (default: docs/images)")
     options = parser.parse_args()
     for name in options.names:
         if name not in figures:
             raise LessonError(f"there is no figure {name}: choose from {', '.join(figures)}")
-    for name in options.names or figures:
+    for name in options.names or [name for name in figures if (DOCS / "images" / f"{name}.png").is_file()]:
         figures[name](Path(options.output) / f"{name}.png")
 
 

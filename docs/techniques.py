@@ -64,8 +64,6 @@ class Trained(NamedTuple):
 
 def load(name: str, path: str, smoke: bool) -> Trained:
     """Reads a lesson's checkpoint. `smoke` puts a tiny network, which has learned nothing, in its place."""
-    for file in (ROOT / name).glob("*.py"):  # both lessons have files of these names, and import them by name
-        sys.modules.pop(file.stem, None)
     lesson = load_lesson(name)
     network, config, _ = load_network(lesson, path, choose_device())
     if smoke:

@@ -30,10 +30,10 @@ from common.play import main
 
 LESSON, WEIGHTS = "lesson_07_score_sde", "ema"  # its name, and which weights of a checkpoint samples come from
 SAMPLERS, FILLS_IN = ("consistent", "heun", "euler", "predictor_corrector"), "predictor_corrector"
-OPTIONS = {  # of samplers; common/play.py says what it takes from here
-    "sde": ("ve", "vp", "sub_vp"), "predictor": PREDICTORS, "corrector": (True, False),
-    "digit": tuple(range(10)), "guidance": float,
-}  # fmt: skip
+OPTIONS = {"sde": ("ve", "vp", "sub_vp"), "predictor": PREDICTORS, "corrector": (True, False)}  # see common/play.py
+OPTIONS |= {"digit": tuple(range(10)), "guidance": float}
+ONLY_FOR = dict.fromkeys(("calls", "sde", "digit", "guidance"), (*SAMPLERS, "inpaint"))
+ONLY_FOR |= dict.fromkeys(("predictor", "corrector"), ("predictor_corrector", "inpaint"))
 
 
 def make_network(config, channels: int, weights: dict) -> ScoreNetwork:

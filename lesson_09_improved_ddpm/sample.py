@@ -22,6 +22,7 @@ from common.play import evenly, main
 LESSON, WEIGHTS = "lesson_09_improved_ddpm", "ema"  # its name, and which weights of a checkpoint samples come from
 SAMPLERS, FILLS_IN = ("ddim", "ancestral"), "ancestral"  # common/play.py says what it takes from here
 OPTIONS = {"variance": ("learned", "small", "large"), "clip_x_0": (True, False)}  # of Config, for samplers only
+ONLY_FOR = {"variance": ("ancestral",)}
 
 
 def make_network(config, channels: int, weights: dict) -> NoiseNetwork:

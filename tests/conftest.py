@@ -41,6 +41,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("lesson", mark.args if mark else LESSONS, indirect=True, scope="session")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -k
+def pytest_collection_modifyitems(items):
+    """`pytest -k lesson_07` runs the files about lesson 7 too, which name it with @pytest.mark.lessons."""
+    for item in items:
+        mark = item.get_closest_marker("lessons")
+        if mark and "lesson" not in item.fixturenames:
+            item.extra_keyword_matches.update(mark.args)
+
+
 @pytest.fixture(scope="session")
 def lesson(request):
     """lesson.name is the folder's, and lesson.sampler the module sampler.py in it."""

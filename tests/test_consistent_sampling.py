@@ -12,6 +12,7 @@ from lesson_04_ncsnv2.sampler import (
     smallest_eta,
 )
 
+pytestmark = pytest.mark.lessons("lesson_04_ncsnv2")
 SIGMAS = geometric_noise_scales(10, 0.01, 60)
 GAMMA = float(SIGMAS[0] / SIGMAS[1])
 

@@ -1,5 +1,6 @@
 import colorsys
 import lzma
+import pickle
 import shutil
 import struct
 import urllib.error
@@ -14,6 +15,7 @@ from PIL import Image
 from common import data
 from common.data import load_folder, load_images, load_labels, parse_idx
 from common.errors import LessonError
+from tests.running import quick, read_checkpoint
 
 
 def idx(shape, values, kind=8):
@@ -167,6 +169,43 @@ def test_cifar10_puts_channels_first(monkeypatch):
     images = load_images("cifar10", "test")
     assert images.shape == (5, 3, 32, 32)
     assert images.amax((0, 2, 3)).tolist() == [0, 0, 100]
+
+
+@pytest.fixture
+def small_files(monkeypatch, tmp_path):
+    """A few pictures of Fashion-MNIST and CIFAR-10, in the files that torchvision downloads."""
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(data, "DATA_DIR", tmp_path / "data")
+    raw, batches = tmp_path / "data" / "FashionMNIST" / "raw", tmp_path / "data" / CIFAR10.base_folder
+    raw.mkdir(parents=True)
+    batches.mkdir()
+    random = np.random.default_rng(0)
+    for split, N in (("train", 12), ("t10k", 3)):
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(idx([N, 28, 28], random.bytes(N * 784)))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx([N], bytes(N)))
+    for name, _ in CIFAR10.train_list + CIFAR10.test_list:
+        batch = {"data": random.integers(0, 256, (3, 3072), dtype=np.uint8), "labels": [0, 1, 2]}
+        (batches / name).write_bytes(pickle.dumps(batch))
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": ["cat", "dog", "frog"]}))
+    for files in ("train_list", "test_list"):  # without the sums of the real ones
+        monkeypatch.setattr(CIFAR10, files, [[name, None] for name, _ in getattr(CIFAR10, files)])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+
+
+def test_the_files_of_torchvision(small_files):
+    for name, shape, numbers in (("fashion_mnist", (1, 28, 28), (12, 3)), ("cifar10", (3, 32, 32), (15, 3))):
+        for split, N in zip(("train", "test"), numbers):
+            images = load_images(name, split)
+            assert images.shape == (N, *shape) and images.dtype == torch.uint8 and images.is_contiguous()
+
+
+def test_every_lesson_trains_on_them(lesson, small_files, tmp_path):
+    for name, shape in (("fashion_mnist", (1, 28, 28)), ("cifar10", (3, 32, 32))):
+        flags = ("--dataset", name, "--steps", 1, "--batch-size", 2, "--output", tmp_path / name)
+        result = quick(lesson.name, *flags, digits="all")
+        assert result.status == 0, result.stderr
+        assert tuple(read_checkpoint(tmp_path / name)["image_shape"]) == shape
 
 
 # folders of pictures

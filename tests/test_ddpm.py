@@ -17,6 +17,7 @@ from lesson_05_ddpm.loss import noise_prediction_loss, noisy_image
 from lesson_05_ddpm.noise_schedule import alpha_bars, linear_betas, posterior
 from lesson_05_ddpm.sampler import ancestral_sampling, clean_image, ddim_sampling, inpaint
 
+pytestmark = pytest.mark.lessons("lesson_05_ddpm")
 BETAS = linear_betas(1000)
 ABARS = alpha_bars(BETAS)
 LN2 = math.log(2)

@@ -88,6 +88,8 @@ def test_a_tensor_of_samples(evaluate, tmp_path):
     torch.save(torch.linspace(-1, 2, 4 * 784).view(4, 1, 28, 28), tmp_path / "x.pt")
     result, (given,) = evaluate(tmp_path / "x.pt")
     assert result.status == 0 and given.min() == 0 and given.max() == 1 and given.shape == (4, 1, 28, 28)
+    result, _ = evaluate(tmp_path / "x.pt", "--seed", 2, "--num", 4)
+    assert result.status == 1 and "x.pt has the samples already: leave out --num, --seed" in result.stderr
 
 
 @pytest.mark.parametrize(

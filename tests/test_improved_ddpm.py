@@ -33,6 +33,7 @@ from lesson_09_improved_ddpm.sampler import ancestral_sampling, ddim_sampling
 from lesson_09_improved_ddpm.timestep_sampler import LossAwareTimesteps, UniformTimesteps
 from tests.running import quick, read_checkpoint, script
 
+pytestmark = pytest.mark.lessons("lesson_09_improved_ddpm")
 NINE = "lesson_09_improved_ddpm"
 LINEAR, COSINE = linear_betas(1000), cosine_betas(1000)
 MU, S, ABAR_1 = 0.3, 0.5, float(1 - LINEAR[0])

@@ -10,6 +10,7 @@ from torch import nn
 from common.layers import GroupNorm
 from lesson_05_ddpm.noise_network import NoiseNetwork, SelfAttention, timestep_embedding
 
+pytestmark = pytest.mark.lessons("lesson_05_ddpm")
 SMALL = {"width": 8, "levels": 2, "blocks": 1, "patch": 2}
 
 

@@ -2,10 +2,12 @@
 
 import ast
 import re
+import shlex
 from dataclasses import fields
 
 import pytest
 
+import common.play
 from tests.conftest import LESSONS
 from tests.running import ROOT, script
 
@@ -77,6 +79,15 @@ def test_every_number_of_ours_is_explained(name):
     assert len(ours) > 10
     missing = [field for field in ours if f"`{field}`" not in text]
     assert not missing
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_every_command_that_samples_has_flags_that_are_there(name, monkeypatch):
+    commands = re.findall(r"python sample\.py( [^`#\n]*)", readme(name))
+    assert len(commands) > 3
+    for flags in commands:
+        monkeypatch.setattr("sys.argv", ["sample.py", *shlex.split(flags.replace("--help", ""))])
+        common.play.read_flags(script(name, "sample"))  # LessonError, or the end, for those that are not
 
 
 def comments(module):

@@ -40,9 +40,11 @@ FEW_LANGEVIN = {**FEW, "lesson_04_ncsnv2": 97}
 def sample(lesson, *flags, few=FEW):
     """Runs sample.py on pretrained.pt; whatever the machine does faster, in float32."""
     checkpoint = () if "--checkpoint" in flags else ("--checkpoint", ROOT / lesson / "pretrained.pt")
-    calls = () if "--calls" in flags else ("--calls", few[lesson])
-    result = run_here(lesson, *checkpoint, *calls, "--precision", "float32", *flags, name="sample")
-    return result
+    fixed = {"--calls", "--info", "--denoise", "--encoded"} & set(flags)
+    fixed |= {"--interpolate-images"} & set(flags) if lesson == "lesson_07_score_sde" else set()
+    calls = () if fixed else ("--calls", few[lesson])
+    precision = () if "--info" in flags else ("--precision", "float32")
+    return run_here(lesson, *checkpoint, *calls, *precision, *flags, name="sample")
 
 
 def shipped(lesson):
@@ -719,6 +721,10 @@ def test_latents_between_two_test_digits(tmp_path):
         ("--gif {dir}/x.png", "--gif .*x.png: the name must end in .gif"),
         ("--save-tensor {dir}", "cannot write .*: it is a folder; name a file"),
         ("--output {dir}/text.png/x.png", "cannot write .*x.png"),
+        ("--denoise --calls 9", "--calls has no effect here, only for "),
+        ("--denoise {dir}/small.png --num 2", "--num has no effect here, only for nearest, inpaint: leave it out"),
+        ("--images {dir}", "--images has no effect here, only for nearest, inpaint, denoise"),
+        ("--info", "--output has no effect here, only for drawn, "),
         ("--nearest --gif", "--gif and --strip show how plain samples come about: leave out --nearest"),
         ("--checkpoint {dir}/absent.pt", "there is no file .*absent.pt"),
         ("--checkpoint {dir}/text.png", "text.png is damaged, or not a file that these lessons wrote"),
@@ -750,6 +756,9 @@ def test_too_few_calls(lesson, tmp_path):
         ("--share-latent --strip", "leave out --share-latent$"),
         ("--interpolate-images --gif", "leave out --interpolate-images$"),
         ("--num 0 --progress", "--num must lie between 1 and "),
+        ("--variance small", "--variance has no effect here, only for ancestral: leave it out$"),
+        ("--inpaint left --variance small", "--variance has no effect here"),
+        ("--progress --sampler ancestral", "--sampler has no effect here"),
     ],
 )  # fmt: skip
 def test_flags_of_lesson_5_that_cannot_be_used(lesson, flags, expected, tmp_path):
@@ -768,6 +777,11 @@ def test_flags_of_lesson_5_that_cannot_be_used(lesson, flags, expected, tmp_path
         ("--encoded --gif", "leave out --encoded$"),
         ("--guidance 3", "--guidance"),
         ("--digit 3 --guidance nan", "--guidance"),
+        ("--predictor ancestral", "--predictor has no effect here, only for predictor_corrector, inpaint: leave it"),
+        ("--sampler heun --no-corrector", "--corrector has no effect here"),
+        ("--encoded --calls 9", "--calls has no effect here, only for consistent, heun, euler, predictor_"),
+        ("--interpolate-images --digit 3", "--digit has no effect here"),
+        ("--denoise --sde vp", "--sde has no effect here"),
     ],
 )
 def test_flags_of_lesson_7_that_cannot_be_used(lesson, flags, expected, tmp_path):
@@ -784,6 +798,12 @@ def check_flags(lesson, flags, expected, tmp_path):
         flags += ["--output", str(tmp_path / "x.png")]
     assert re.search(expected, line(sample(lesson.name, *flags)))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_help_fits_a_screen(lesson, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    result = run_here(lesson.name, "--help", name="sample")
+    assert result.status == 0 and len(result.stdout.splitlines()) <= 40
 
 
 @pytest.mark.parametrize("flags", [("--inpaint", "left", "--nearest"), ("--sampler", "leapfrog"), ("--numb", 3)])
@@ -884,8 +904,9 @@ def test_a_pretrained_checkpoint_is_made_from_a_run(lesson, in_color, tmp_path, 
 def test_everything_works_on_other_data(lesson, kind, verb, request, tmp_path, monkeypatch):
     monkeypatch.setattr("common.play.load_pictures", lambda data, split: some_pictures(data))  # not all 60 000
     checkpoint = request.getfixturevalue(kind) / "checkpoint.pt"
-    flags = () if verb == "drawn" else f"--{verb}".split()
-    flags = ("--checkpoint", checkpoint, "--num", 2, *flags, "--output", tmp_path / "x.png")
+    flags = () if verb == "drawn" else tuple(f"--{verb}".split())
+    flags += () if verb == "info" else ("--num", 2, "--output", tmp_path / "x.png")
+    flags = ("--checkpoint", checkpoint, *flags)
     text = done(sample(lesson.name, *flags, few=FEW_OF_QUICK))
     if verb == "info":
         assert f"images      {'3 x 28 x 28' if kind == 'in_color' else '1 x 16 x 16'}" in text

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import ROOT, script
 
 import lesson_07_score_sde.likelihood
 import lesson_07_score_sde.sampler
@@ -40,7 +39,9 @@ from lesson_07_score_sde.sampler import (
 )
 from lesson_07_score_sde.score_network import E, InstanceNormPlusPlus, ScoreNetwork, log_sigma_embedding
 from lesson_07_score_sde.sde import VE, VP, SubVP
+from tests.running import ROOT, script
 
+pytestmark = pytest.mark.lessons("lesson_07_score_sde")
 SIGMA_MIN, SIGMA_MAX = 0.01, 17.0
 SDES = {"ve": VE(SIGMA_MIN, SIGMA_MAX), "vp": VP(), "sub_vp": SubVP()}
 LN2 = math.log(2)

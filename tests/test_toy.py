@@ -13,6 +13,7 @@ sys.path.append(str(ROOT / "docs"))
 
 import figures
 
+pytestmark = pytest.mark.lessons("lesson_03_ncsn")
 LESSON = "lesson_03_ncsn"
 
 

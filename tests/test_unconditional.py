@@ -19,6 +19,7 @@ from lesson_04_ncsnv2.sampler import (
 )
 from lesson_04_ncsnv2.unconditional import noise_after_consistent, noise_after_langevin, step_size_for_all_scales
 
+pytestmark = pytest.mark.lessons("lesson_04_ncsnv2")
 SIGMAS = geometric_noise_scales(16.8758, 0.01, 96)  # what Techniques 1 and 2 compute for MNIST
 SIGMA_L = 0.01
 

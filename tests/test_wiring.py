@@ -394,6 +394,7 @@ def test_paper_is_the_papers_in_lesson_7(lesson):
     assert (config.sde, config.predictor, config.corrector) == ("ve", "reverse_diffusion", True)
     cifar10 = module.PRESETS["paper on cifar10"]
     assert cifar10["width"] == 128 and cifar10["clip"] == 1 / 3 / 32**2
+    assert module.PRESETS["paper on color_mnist"] == {"clip": 1 / 3 / 28**2}
 
 
 @pytest.mark.lessons("lesson_05_ddpm")
