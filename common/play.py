@@ -36,7 +36,7 @@ from common.config import check_range, flag_of
 from common.data import load_mask, load_picture, load_pictures
 from common.errors import LessonError
 from common.files import atomic_write, check_writable
-from common.images import check_finite, save_gif, save_grid, save_strip, save_table, some_frames
+from common.images import check_finite, evenly, save_gif, save_grid, save_strip, save_table, some_frames
 from common.machine import InBatches, choose_device, sampling_precision
 from common.nearest import nearest_training_digit
 from common.noise import SeededNoise
@@ -221,11 +221,6 @@ def langevin_steps(calls: int, L: int, more: int = 0) -> int:
     if calls < L + more:
         raise LessonError(f"--calls {calls}: Langevin dynamics needs at least {L + more}, with {L} noise scales")
     return (calls - more) // L
-
-
-def evenly(L: int, n: int) -> Tensor:
-    """Indices (n,) long of n of the levels 0, ..., L - 1, evenly chosen, both ends included; all if n is larger."""
-    return torch.linspace(0, L - 1, min(n, L)).round().long()
 
 
 def read_mask(name: str, H: int, W: int) -> Tensor:
