@@ -23,10 +23,11 @@ from unconditional import step_size_for_all_scales
 
 from common.errors import LessonError
 from common.noise import Noise, noise_like
-from common.play import evenly, langevin_steps, main
+from common.play import evenly, main
 
 LESSON, WEIGHTS = "lesson_04_ncsnv2", "ema"  # its name, and which weights of a checkpoint samples come from
 SAMPLERS, FILLS_IN = ("consistent", "langevin"), "langevin"  # common/play.py says what it takes from here
+OPTIONS, PICTURES = {}, {}
 
 
 def make_network(config, channels: int, weights: dict) -> ScoreNetwork:
@@ -38,6 +39,16 @@ def make_network(config, channels: int, weights: dict) -> ScoreNetwork:
 def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
     """How often the network is called for each image: T at each noise scale, and once to denoise."""
     return (config.T if sampler == "langevin" else 1) * len(network.sigmas) + 1
+
+
+def langevin_steps(calls: int, L: int, more: int = 0) -> int:
+    """T, how many steps at each of L noise scales make, with `more` calls besides, at most `calls` network calls.
+
+    LessonError for less than one.
+    """
+    if calls < L + more:
+        raise LessonError(f"--calls {calls}: Langevin dynamics needs at least {L + more}, with {L} noise scales")
+    return (calls - more) // L
 
 
 def step_size(sigmas: Tensor, T: int) -> float:
