@@ -17,7 +17,6 @@ from common.digit_classifier import load_classifier
 from common.errors import LessonError
 from common.nearest import nearest_training_digit
 
-NEIGHBOURS = 3  # k of precision and recall, as in the paper
 COLUMNS = {  # of a report: title, key, format
     "    n": ("n", "d"),
     "digit FID": ("fid", ".1f"),
@@ -65,7 +64,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return max(squared.item(), 0.0)
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Precision: the share of fake among the real; recall: the share of real among the fake. Features (N, F), (M, F).
 
     "Among" means no farther from some point of the other set than that point's k-th nearest neighbour in its own set.
@@ -74,11 +73,6 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[f
     if min(len(real), len(fake)) <= k:
         raise LessonError(f"precision and recall with {k} neighbours need more than {k} images of each kind")
     return _share_among(fake, real, _radii(real, k)), _share_among(real, fake, _radii(fake, k))
-
-
-def class_histogram(images: Tensor) -> Tensor:
-    """How many of images (N, 1 or 3, 28, 28) in [0, 1] the classifier takes for a 0, ..., 9: long (10,)."""
-    return _histogram(digit_features(images))
 
 
 def entropy(counts: Tensor) -> float:
@@ -108,7 +102,7 @@ def digit_report(images: Tensor, seed: int = 0) -> dict:
 
     def row(images, images_for_nearest):
         features = digit_features(images)
-        histogram = _histogram(features)
+        histogram = load_classifier().classes(features).argmax(dim=1).bincount(minlength=10)
         return {
             "n": n,
             "fid": frechet_distance(features, test_features),
@@ -133,16 +127,12 @@ def print_report(report: dict) -> None:
     print("nearest train: median distance, in pixels, to the nearest training digit; its floor is n test digits.")
 
 
-def _histogram(features):
-    return load_classifier().classes(features).argmax(dim=1).bincount(minlength=10)
-
-
 def _root(covariance):
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T  # rounding makes zeros slightly negative
 
 
-def _radii(points, k=NEIGHBOURS):
+def _radii(points, k=3):
     # k + 1 because each point is its own nearest neighbour
     chunks = [_distances(chunk, points).topk(k + 1, largest=False).values[:, k] for chunk in points.split(1000)]
     return torch.cat(chunks)  # (N,)
