@@ -38,8 +38,7 @@ def load_checkpoint(path: str | Path, lesson: str | None = None, needs: tuple = 
 
 def load_file(path: str | Path):
     """What torch.save wrote to a file, on the CPU. LessonError if it is missing, damaged, or would run code."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise LessonError(f"there is no file {path}; train first, or name another one")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -27,9 +27,7 @@ class TrainingLog:
         self.rows, self.recent = [], []
 
     def add(self, step: int, losses: Tensor) -> None:
-        """Takes, for each image of one step, its loss and where between the noisiest level, 0, and the cleanest, 1, it
-        was: (B, 2).
-        """
+        """Takes (B, 2): the loss of each image of a step, and where it was between the noisiest level, 0, and 1."""
         self.recent.append((step, losses))
 
     def check(self) -> None:
