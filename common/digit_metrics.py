@@ -12,10 +12,9 @@ Everything runs on the CPU in float32 or float64, again so that everybody's numb
 import torch
 from torch import Tensor
 
-from common.data import load_images
+from common.data import load_images, nearest_training_digit
 from common.digit_classifier import load_classifier
 from common.errors import LessonError
-from common.nearest import nearest_training_digit
 
 COLUMNS = {  # of a report: title, key, format
     "    n": ("n", "d"),

@@ -31,12 +31,11 @@ from common import cli
 from common.checkpoint import load_network
 from common.cli import progress
 from common.config import check_range, flag_of
-from common.data import load_mask, load_picture, load_pictures
+from common.data import load_mask, load_picture, load_pictures, nearest_training_digit
 from common.errors import LessonError
 from common.files import atomic_write, check_writable
 from common.images import check_finite, evenly, save_gif, save_grid, save_strip, save_table, some_frames
 from common.machine import InBatches, choose_device, sampling_precision
-from common.nearest import nearest_training_digit
 from common.noise import SeededNoise
 
 MASKS = ("left", "right", "top", "bottom", "center")
