@@ -6,17 +6,14 @@ of the rounds is printed. A step is all that train_mnist.py does in it: data, lo
 
 import argparse
 import importlib
-import platform
 import statistics
 import tempfile
 import time
 
-import torch
-
 from common.checkpoint import load_lesson
 from common.cli import Stopped, run
 from common.config import check_range
-from common.machine import InBatches, choose_device, synchronize, training_precision
+from common.machine import InBatches, choose_device, describe, synchronize, training_precision
 from common.run import Run
 
 WARM, TIMED = 1, 4  # the steps of a round that do not count, and those that do
@@ -82,8 +79,7 @@ def main() -> None:
                     except Stopped:
                         rates.setdefault(f"{name}, {precision}", []).append((timed.training, timed.sampling))
     device = choose_device()
-    chip = platform.processor() or platform.machine()
-    print(f"{options.lesson}, {device}, {chip}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    print(f"{options.lesson}, {describe(device)}")
     print(f"{'images/s, median':30}{'training':>10}{'sampling':>10}")
     for name, values in rates.items():
         print(f"{name:30}" + "".join(f"{statistics.median(each):10.1f}" for each in zip(*values)))

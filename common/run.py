@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import platform
 import re
 import shlex
 import sys
@@ -23,7 +22,7 @@ from common.data import load_pictures
 from common.errors import LessonError
 from common.files import Claim, atomic_write, check_writable
 from common.images import check_finite, save_gif, save_grid, some_frames
-from common.machine import InBatches, autocast, choose_device, synchronize, training_precision
+from common.machine import InBatches, autocast, choose_device, describe, synchronize, training_precision
 from common.noise import SeededNoise
 from common.training_log import TrainingLog
 
@@ -105,9 +104,7 @@ class Run:
         if self.checkpoint:
             self._restore()
         if self.leads:
-            cuda = self.device.type == "cuda"
-            chip = torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine()
-            print(f"device      {self.device} ({chip}, {torch.get_num_threads()} threads), PyTorch {torch.__version__}")
+            print(f"device      {describe(self.device)}")
             print(f"processes   {ranks.world()}") if ranks.world() > 1 else None
             print(f"precision   {self.precision}")
             print(f"parameters  {sum(p.numel() for p in parts['network'].parameters()):,}")
