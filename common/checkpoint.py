@@ -21,7 +21,7 @@ def save_checkpoint(path: str | Path, lesson: str, **state) -> None:
 
 
 def load_checkpoint(path: str | Path, lesson: str | None = None, needs: tuple = ()) -> dict:
-    """What `save_checkpoint` wrote, on the CPU. LessonError if it is none, another lesson's, or lacks what is needed."""
+    """A checkpoint, on the CPU. LessonError if it is missing, damaged, another lesson's, or without one of `needs`."""
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or "lesson" not in checkpoint:
         raise LessonError(f"{path} is not a checkpoint of these lessons; name one that train_mnist.py wrote")

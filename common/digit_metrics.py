@@ -55,11 +55,11 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     a, b = features_a.cpu().double(), features_b.cpu().double()
     if min(len(a), len(b)) < 2:
         raise LessonError("a Frechet distance needs at least two samples on each side")
-    cov_a, cov_b = a.T.cov(), b.T.cov()  # (F, F)
-    # S_a S_b is not symmetric, but it has the eigenvalues of (A B)(A B)^T with A, B the roots of S_a, S_b. So the trace
-    # of its root is the sum of the singular values of A B: no root of a rounding error, even where n < F.
-    trace_of_root = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
-    squared = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_of_root
+    R_a, R_b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b))  # S = R^T R
+    # S_a S_b is not symmetric, but it has the eigenvalues of (R_a R_b^T)(R_a R_b^T)^T. So the trace of its root is the
+    # sum of the singular values of R_a R_b^T, its nuclear norm: no root of a rounding error, even where n < F.
+    squared = (a.mean(0) - b.mean(0)).square().sum() + R_a.square().sum() + R_b.square().sum()
+    squared -= 2 * torch.linalg.matrix_norm(R_a @ R_b.T, "nuc")
     return max(squared.item(), 0.0)
 
 
@@ -124,11 +124,6 @@ def print_report(report: dict) -> None:
     print(f"classes 0 to 9 of the samples: {report['samples']['histogram']}; even classes have entropy 2.303")
     print("digit FID, precision, recall: against the 10 000 test digits; their floor is n training digits.")
     print("nearest train: median distance, in pixels, to the nearest training digit; its floor is n test digits.")
-
-
-def _root(covariance):
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T  # rounding makes zeros slightly negative
 
 
 def _radii(points, k=3):
