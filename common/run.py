@@ -183,7 +183,7 @@ class Run:
     def show(self, frames: Iterable[Tensor]) -> None:
         """Writes the last of the frames as samples_step_....png; gives up if the run is to stop."""
         try:
-            *_, images = some_frames(frames)
+            images = some_frames(frames)[-1]
         except Stopped:
             return
         check_finite(images)

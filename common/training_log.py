@@ -27,7 +27,7 @@ class TrainingLog:
         self.rows, self.recent = [], []
 
     def add(self, step: int, losses: Tensor) -> None:
-        """Takes (B, 2): the loss of each image of a step, and where it was between the noisiest level, 0, and 1."""
+        """Takes (B, 2): for each image of a step its loss, and its place from the noisiest level, 0, to 1."""
         self.recent.append((step, losses))
 
     def check(self) -> None:
