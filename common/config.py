@@ -100,7 +100,8 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None) -> tupl
         named["images"] = os.path.abspath(named["images"])  # so that a resume and sample.py find it from anywhere
     dataset = named.get("dataset", config_class.dataset)
     changes = {**presets.get(preset, {}), **presets.get(f"{preset} on {dataset}", {})}
-    changes = _read(os.path.expanduser(path), config_class) if path else changes
+    if path:  # never beside a preset
+        changes = _read(os.path.expanduser(path), config_class)
     return config_class(**{**changes, **named}), set(named) | set(changes), resume, overwrite
 
 
