@@ -33,14 +33,12 @@ def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
     return min(QUICK_T if quick else config.T, config.T) * len(network.sigmas)
 
 
-def langevin_steps(calls: int, L: int, more: int = 0) -> int:
-    """T, how many steps at each of L noise scales make, with `more` calls besides, at most `calls` network calls.
-
-    LessonError for less than one.
-    """
-    if calls < L + more:
-        raise LessonError(f"--calls {calls}: Langevin dynamics needs at least {L + more}, with {L} noise scales")
-    return (calls - more) // L
+def langevin_steps(calls: int, L: int) -> int:
+    """T, the steps at each of L noise scales, of so many network calls in all. LessonError if that is less than one."""
+    T = calls // L
+    if T < 1:
+        raise LessonError(f"--calls {calls}: Langevin dynamics needs at least {L}, with {L} noise scales")
+    return T
 
 
 @torch.no_grad()
