@@ -5,26 +5,18 @@ of the rounds is printed. A step is all that train_mnist.py does in it: data, lo
 """
 
 import argparse
-import dataclasses
 import importlib
-import platform
 import statistics
 import tempfile
 import time
 
-import torch
-
 from common.checkpoint import load_lesson
-from common.cli import run
+from common.cli import Stopped, run
 from common.config import check_range
-from common.machine import InBatches, choose_device, synchronize, training_precision
+from common.machine import InBatches, choose_device, describe, synchronize, training_precision
 from common.run import Run
 
 WARM, TIMED = 1, 4  # the steps of a round that do not count, and those that do
-
-
-class MeasuredError(Exception):
-    """Ends a lesson's train() where it would make the last pictures."""
 
 
 class TimedRun(Run):
@@ -60,7 +52,7 @@ class TimedRun(Run):
         next(iter(frames))
         synchronize(self.device)
         self.sampling = self.images_seen / (time.perf_counter() - begin)
-        raise MeasuredError
+        raise Stopped
 
 
 def main() -> None:
@@ -72,27 +64,22 @@ def main() -> None:
     options = parser.parse_args()
     check_range("--rounds", options.rounds)
     lesson, train_mnist = load_lesson(options.lesson), importlib.import_module("train_mnist")
-    configs = {
-        "lesson run": train_mnist.Config(),
-        "paper's network": train_mnist.Config(**train_mnist.PRESETS["paper"]),
-    }
-    if options.smoke:
-        configs = {"smoke": train_mnist.Config(**train_mnist.PRESETS["smoke"])}
+    presets = {"lesson run": {}, "paper's network": train_mnist.PRESETS["paper"]}
+    presets = {"smoke": train_mnist.PRESETS["smoke"]} if options.smoke else presets
     rates = {}
     for _ in range(options.rounds):
-        for name, config in configs.items():
+        for name, preset in presets.items():
             for precision in ("float32", "bfloat16"):
                 with tempfile.TemporaryDirectory() as folder:
-                    config = dataclasses.replace(config, precision=precision, output=folder)
+                    config = train_mnist.Config(**preset, precision=precision, output=folder)
                     timed = TimedRun(config, lesson.LESSON)
                     timed.images, timed.leads = timed.images[:2000], False  # few, for Technique 1; and say nothing
                     try:
                         train_mnist.train(timed.config, timed)
-                    except MeasuredError:
+                    except Stopped:
                         rates.setdefault(f"{name}, {precision}", []).append((timed.training, timed.sampling))
     device = choose_device()
-    chip = platform.processor() or platform.machine()
-    print(f"{options.lesson}, {device}, {chip}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    print(f"{options.lesson}, {describe(device)}")
     print(f"{'images/s, median':30}{'training':>10}{'sampling':>10}")
     for name, values in rates.items():
         print(f"{name:30}" + "".join(f"{statistics.median(each):10.1f}" for each in zip(*values)))

@@ -21,9 +21,7 @@ def save_checkpoint(path: str | Path, lesson: str, **state) -> None:
 
 
 def load_checkpoint(path: str | Path, lesson: str | None = None, needs: tuple = ()) -> dict:
-    """What `save_checkpoint` wrote, on the CPU. LessonError if it is missing, damaged, another lesson's than `lesson`
-    (None: any), or without one of the keys that the caller needs.
-    """
+    """A checkpoint, on the CPU. LessonError if it is missing, damaged, another lesson's, or without one of `needs`."""
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or "lesson" not in checkpoint:
         raise LessonError(f"{path} is not a checkpoint of these lessons; name one that train_mnist.py wrote")
@@ -38,8 +36,7 @@ def load_checkpoint(path: str | Path, lesson: str | None = None, needs: tuple = 
 
 def load_file(path: str | Path):
     """What torch.save wrote to a file, on the CPU. LessonError if it is missing, damaged, or would run code."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise LessonError(f"there is no file {path}; train first, or name another one")
     try:
         with zipfile.ZipFile(path) as archive:

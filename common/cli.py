@@ -17,7 +17,7 @@ ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if has
 
 
 class Stopped(Exception):  # noqa: N818
-    """Leaves sampling when the person has asked a training to stop."""
+    """Leaves a training or its pictures before their end, because the person, or the bench, has asked for that."""
 
 
 class StopRequest:
@@ -63,11 +63,10 @@ class _Lines:
 
 def run(main) -> None:
     """Calls `main()` and ends the program: a LessonError is one line and status 1, and so is a full memory."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as in a service
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):  # what the terminal cannot show must not end a run
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # closed in a service
+    for file in (sys.stdout, sys.stderr):
+        if hasattr(file, "reconfigure"):
+            file.reconfigure(errors="backslashreplace")  # what the terminal cannot show must not end a run
     try:
         status = main()
         sys.stdout.flush()

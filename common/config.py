@@ -78,20 +78,17 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None) -> tupl
     earlier.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
     start.add_argument("--config", metavar="PATH", help="a new run with the numbers in a run's config.json")
+    texts = {name: ", ".join(f"{k} {v}" for k, v in changes.items()) for name, changes in presets.items()}
     for name in (name for name in presets if " on " not in name):
-        changes = {key.partition(" on ")[2]: value for key, value in presets.items() if key.split(" on ")[0] == name}
-        texts = [
-            (f"on {on}: " if on else "") + ", ".join(f"{k} {v}" for k, v in c.items()) for on, c in changes.items()
-        ]
-        start.add_argument(f"--{name}", action="store_const", const=name, dest="preset", help="; ".join(texts))
+        more = [f"; {key.removeprefix(name).strip()}: {texts[key]}" for key in presets if key.startswith(f"{name} on ")]
+        text = texts[name] + "".join(more)
+        start.add_argument(f"--{name}", action="store_const", const=name, dest="preset", help=text)
     comments, kinds = field_comments(config_class), get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         kind, choices = type(field.default), get_args(kinds[field.name]) or None
-        how = {"type": kind, "choices": choices, "metavar": kind.__name__.upper()}
-        if choices and len(choices) < 6:
-            how["metavar"] = "|".join(map(str, choices))
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
+        shape = "|".join(map(str, choices)) if choices and len(choices) < 6 else kind.__name__.upper()
+        how = {"type": os.path.expanduser if kind is str else kind, "choices": choices, "metavar": shape}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
         shown = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
         parser.add_argument(flag_of(field.name), default=None, help=shown, **how)
     flags = vars(parser.parse_args(arguments))
@@ -99,19 +96,17 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None) -> tupl
     if resume and path:
         parser.error("--config starts a new run: leave out --resume, which goes on with an earlier one")
     named = {name: value for name, value in flags.items() if value is not None}
-    for name in {"images", "output"} & set(named):
-        named[name] = os.path.expanduser(named[name])  # --output=~/run
     if named.get("images"):
         named["images"] = os.path.abspath(named["images"])  # so that a resume and sample.py find it from anywhere
     dataset = named.get("dataset", config_class.dataset)
-    changes = {**presets.get(preset, {}), **presets.get(f"{preset} on {dataset}", {}), **_read(path, config_class)}
+    changes = {**presets.get(preset, {}), **presets.get(f"{preset} on {dataset}", {})}
+    if path:  # never beside a preset
+        changes = _read(os.path.expanduser(path), config_class)
     return config_class(**{**changes, **named}), set(named) | set(changes), resume, overwrite
 
 
 def _read(path, config_class):
     """The numbers of an earlier run, but for where it wrote."""
-    if not path:
-        return {}
     try:
         found = dict(json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError) as error:

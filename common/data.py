@@ -3,7 +3,6 @@
 import hashlib
 import lzma
 import math
-import struct
 import sys
 import warnings
 from collections import Counter
@@ -41,16 +40,12 @@ def load_images(name: str, split: str = "train") -> Tensor:
     check_choice("split", split, SPLITS)
     if name in ("fashion_mnist", "cifar10"):
         return _torchvision_images(name, split)
-    digits = _mnist_file(f"{SPLITS[split]}-images-idx3-ubyte").unsqueeze(1)  # (N, 1, 28, 28)
+    digits = _mnist_file(f"{SPLITS[split]}-images-idx3-ubyte", header=16).reshape(-1, 1, 28, 28)
     return _color(digits) if name == "color_mnist" else digits
 
 
 def load_pictures(config, split: str = "train") -> Tensor:
-    """What a run with this configuration trains on: the data set, or the folder of pictures if it names one.
-
-    config: has the fields dataset, images, image_size and channels. A folder has no test pictures of its own, so
-    both splits are all of it. Shapes and errors as in load_images and load_folder.
-    """
+    """The images of a configuration: load_images of its data set, or load_folder of its folder, whatever the split."""
     if config.images:
         return load_folder(config.images, config.image_size, config.channels)
     return load_images(config.dataset, split)
@@ -60,7 +55,7 @@ def load_labels(name: str, split: str = "train") -> Tensor:
     """Which digit, 0 to 9, each image of mnist or color_mnist shows: long (N,). Raises as load_images does."""
     check_choice("data set with labels", name, ("mnist", "color_mnist"))
     check_choice("split", split, SPLITS)
-    return _mnist_file(f"{SPLITS[split]}-labels-idx1-ubyte").long()
+    return _mnist_file(f"{SPLITS[split]}-labels-idx1-ubyte", header=8).long()
 
 
 def load_folder(folder: str | Path, image_size: int, channels: int) -> Tensor:
@@ -71,8 +66,6 @@ def load_folder(folder: str | Path, image_size: int, channels: int) -> Tensor:
     that a training wrote. A line on stderr says how many pictures were read, and what was left out.
     Raises LessonError if the folder is missing or no picture in it can be read.
     """
-    if channels not in (1, 3) or image_size < 1:
-        raise LessonError(f"pictures have 1 or 3 channels and at least 1 pixel, not {channels} and {image_size}")
     if not Path(folder).is_dir():
         raise LessonError(f"{folder} is not a folder: name one that holds pictures")
     Image.init()
@@ -115,9 +108,7 @@ def _files(folder, failures, above=()):
 
 
 def load_picture(path: str | Path, image_size: int, channels: int) -> Tensor:
-    """One picture, cut and resized as by load_folder: uint8 (1, channels, image_size, image_size). LessonError if
-    it cannot be read.
-    """
+    """A picture as load_folder reads it: uint8 (1, channels, image_size, image_size). LessonError if it cannot."""
     try:
         return _read_picture(path, image_size, channels).unsqueeze(0)
     except Exception as error:  # a damaged picture can raise almost anything in a decoder
@@ -137,36 +128,34 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(gray > 127)
 
 
-def parse_idx(content: bytes) -> Tensor:
-    """The uint8 tensor in an IDX file's bytes. Raises ValueError if they are anything else, or too few or too many.
+def nearest_training_digit(images: Tensor, train_images: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean distance in pixels (N,) to, and index (N,) of, the nearest of train_images; both (., C, H, W), [0, 1].
 
-    Layout: 0, 0, 8 (unsigned bytes follow), the number of dimensions, each of them as a big-endian uint32, the values.
+    Exact: an image that is in train_images is at distance 0. A small distance for most samples means memorisation.
     """
-    start = 4 + 4 * content[3] if len(content) > 3 else math.inf
-    if content[:3] != b"\0\0\x08" or len(content) < start:
-        raise ValueError("no IDX header of unsigned bytes")
-    shape = struct.unpack(f">{content[3]}I", content[4:start])
-    if len(content) - start != math.prod(shape):
-        raise ValueError(f"{len(content) - start} values where the IDX header promises {math.prod(shape)}")
-    # bytearray, because torch warns about memory that it may not write to
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(shape)
+    x, parts = images.flatten(1).double(), train_images.split(4096)  # (N, D)
+    nearest = [torch.cdist(x, part.flatten(1).double()).min(dim=1) for part in parts]
+    part = torch.stack([found.values for found in nearest]).argmin(dim=0)  # (N,)
+    index = torch.stack([found.indices for found in nearest]).gather(0, part[None])[0] + 4096 * part
+    return (images - train_images[index]).flatten(1).norm(dim=1), index  # the difference itself: no cancellation
 
 
 def _one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _mnist_file(name):
+def _mnist_file(name, header):
+    """The bytes behind the header of an IDX file, uint8: the layout is known once the sum is right."""
     path = MNIST_DIR / f"{name}.xz"
     try:
         content = lzma.decompress(path.read_bytes())
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_MD5[name]:
             raise ValueError("wrong MD5 sum")
-        return parse_idx(content)
     except (OSError, lzma.LZMAError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         advice = "restore it with `git checkout -- common/mnist`, or download the repository again"
         raise LessonError(f"{path} is missing or damaged ({reason}): {advice}") from error
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)  # of bytes(), torch would warn
 
 
 def _color(digits):

@@ -12,12 +12,10 @@ Everything runs on the CPU in float32 or float64, again so that everybody's numb
 import torch
 from torch import Tensor
 
-from common.data import load_images
+from common.data import load_images, nearest_training_digit
 from common.digit_classifier import load_classifier
 from common.errors import LessonError
-from common.nearest import nearest_training_digit
 
-NEIGHBOURS = 3  # k of precision and recall, as in the paper
 COLUMNS = {  # of a report: title, key, format
     "    n": ("n", "d"),
     "digit FID": ("fid", ".1f"),
@@ -57,15 +55,15 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     a, b = features_a.cpu().double(), features_b.cpu().double()
     if min(len(a), len(b)) < 2:
         raise LessonError("a Frechet distance needs at least two samples on each side")
-    cov_a, cov_b = a.T.cov(), b.T.cov()  # (F, F)
-    # S_a S_b is not symmetric, but it has the eigenvalues of (A B)(A B)^T with A, B the roots of S_a, S_b. So the trace
-    # of its root is the sum of the singular values of A B: no root of a rounding error, even where n < F.
-    trace_of_root = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
-    squared = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_of_root
+    R_a, R_b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b))  # S = R^T R
+    # S_a S_b is not symmetric, but it has the eigenvalues of (R_a R_b^T)(R_a R_b^T)^T. So the trace of its root is the
+    # sum of the singular values of R_a R_b^T, its nuclear norm: no root of a rounding error, even where n < F.
+    squared = (a.mean(0) - b.mean(0)).square().sum() + R_a.square().sum() + R_b.square().sum()
+    squared -= 2 * torch.linalg.matrix_norm(R_a @ R_b.T, "nuc")
     return max(squared.item(), 0.0)
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Precision: the share of fake among the real; recall: the share of real among the fake. Features (N, F), (M, F).
 
     "Among" means no farther from some point of the other set than that point's k-th nearest neighbour in its own set.
@@ -74,11 +72,6 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[f
     if min(len(real), len(fake)) <= k:
         raise LessonError(f"precision and recall with {k} neighbours need more than {k} images of each kind")
     return _share_among(fake, real, _radii(real, k)), _share_among(real, fake, _radii(fake, k))
-
-
-def class_histogram(images: Tensor) -> Tensor:
-    """How many of images (N, 1 or 3, 28, 28) in [0, 1] the classifier takes for a 0, ..., 9: long (10,)."""
-    return _histogram(digit_features(images))
 
 
 def entropy(counts: Tensor) -> float:
@@ -108,7 +101,7 @@ def digit_report(images: Tensor, seed: int = 0) -> dict:
 
     def row(images, images_for_nearest):
         features = digit_features(images)
-        histogram = _histogram(features)
+        histogram = load_classifier().classes(features).argmax(dim=1).bincount(minlength=10)
         return {
             "n": n,
             "fid": frechet_distance(features, test_features),
@@ -133,16 +126,7 @@ def print_report(report: dict) -> None:
     print("nearest train: median distance, in pixels, to the nearest training digit; its floor is n test digits.")
 
 
-def _histogram(features):
-    return load_classifier().classes(features).argmax(dim=1).bincount(minlength=10)
-
-
-def _root(covariance):
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T  # rounding makes zeros slightly negative
-
-
-def _radii(points, k=NEIGHBOURS):
+def _radii(points, k=3):
     # k + 1 because each point is its own nearest neighbour
     chunks = [_distances(chunk, points).topk(k + 1, largest=False).values[:, k] for chunk in points.split(1000)]
     return torch.cat(chunks)  # (N,)

@@ -20,19 +20,17 @@ from common.play import sample_all
 
 def main() -> None:
     """Reads the flags, samples if a checkpoint is given, and prints the table."""
-    parser = ArgumentParser(
-        prog="python -m common.evaluate", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("path", help="a checkpoint, or samples (N, 1 or 3, 28, 28) in [0, 1] saved by torch.save")
+    description = (__doc__ or "").split("\n")[0]
+    parser = ArgumentParser(prog="python -m common.evaluate", description=description, allow_abbrev=False)
+    add, path = parser.add_argument, os.path.expanduser
+    add("path", type=path, help="a checkpoint, or samples (N, 1 or 3, 28, 28) in [0, 1] saved by torch.save")
     add("--num", type=int, default=1000, help="how many samples to make (default: 1000)")
     add("--seed", type=int, default=1, help="image k is the sample of seed + k (default: 1)")
     add("--sampler", help="(default: the paper's)")
     add("--calls", type=int, help="network calls for each sample (default: as many as the paper has)")
-    add("--save", metavar="PATH", help="also write the samples, as a tensor, to this file")
+    add("--save", metavar="PATH", type=path, help="also write the samples, as a tensor, to this file")
     options = parser.parse_args()
     named = [flag_of(name) for name, value in vars(options).items() if value != parser.get_default(name)]
-    options.path, options.save = (path and os.path.expanduser(path) for path in (options.path, options.save))
     check_range("--num", options.num, 4, 10_000)
     check_range("--seed", options.seed, 0, 2**62)
     if options.calls is not None:

@@ -39,10 +39,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 class Claim:
-    """Says that a folder is in use by this process, until `release` or its end; a mark of a dead process is none.
-
-    LessonError if another one uses it.
-    """
+    """Says that a folder is in use by this process, until `release` or its end. LessonError if another one uses it."""
 
     def __init__(self, folder: Path):
         self.path = folder / ".in_use"

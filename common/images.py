@@ -20,9 +20,9 @@ PADDING_GRAY = 64  # darker than ink and lighter than paper, so that the edges o
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int | None = None, scale: int | None = None) -> None:
-    """Write images (N, C, H, W) as one PNG, row by row; columns=None is the smallest square that holds them.
+    """Writes images (N, C, H, W) as one PNG, row by row; columns=None is the smallest square that holds them.
 
-    Values outside [0, 1] are clamped. Each pixel becomes scale x scale; scale=None makes an image at least 56 high.
+    Values outside [0, 1] are clamped. Each pixel becomes scale x scale; None is so many that an image is 56 wide.
     Raises ValueError for NaN, for integers and for other shapes, LessonError if path cannot be written.
     """
     grid = Image.fromarray(_grid(images, columns, scale))
@@ -36,27 +36,27 @@ def check_finite(images: Tensor) -> None:
         raise LessonError("the sampled images are not finite: train again with a lower --learning-rate")
 
 
-def save_strip(frames: Sequence[Tensor], path: str | Path, moments: int = 8, scale: int | None = None) -> None:
-    """Write one PNG with a row for each image and a column for each of `moments` frames.
+def evenly(L: int, n: int) -> Tensor:
+    """Indices (n,) long of n of the levels 0, ..., L - 1, evenly chosen, both ends included; all if n is larger."""
+    return torch.linspace(0, L - 1, min(n, L)).round().long()
 
-    frames: each (N, C, H, W), as for save_grid; evenly chosen, the first and the last included.
-    Raises as save_grid does, and ValueError if there is no frame.
-    """
-    chosen = _evenly(frames, moments)
-    save_grid(rearrange(chosen, "m n c h w -> (n m) c h w"), path, columns=len(chosen), scale=scale)
+
+def save_strip(frames: Sequence[Tensor], path: str | Path) -> None:
+    """Writes eight of the frames (N, C, H, W), evenly chosen, as a PNG: a row for each image. Raises as save_grid."""
+    chosen = torch.stack([frames[k] for k in evenly(len(frames), 8)], dim=1)
+    save_grid(chosen.flatten(0, 1), path, columns=chosen.shape[1])
 
 
 def save_gif(frames: Sequence[Tensor], path: str | Path, milliseconds=100, hold=1500, max_frames=36, **how) -> None:
-    """Write frames, each (N, C, H, W), as a GIF of grids that repeats for ever; `how`: columns and scale of save_grid.
+    """Writes frames, each (N, C, H, W), as a GIF of grids that repeats for ever; `how`: columns and scale of save_grid.
 
     Each frame shows for `milliseconds`, the last for `hold` milliseconds. At most max_frames are evenly chosen, the
-    first and the last included, and fewer if the file would be larger than 2 MB. Raises as save_strip does.
+    first and the last included, and fewer if the file would be larger than 2 MB. Raises as save_grid does.
     """
     while True:  # noise hardly compresses, so the size is known only when the file is there
-        pictures = [_few_colors(_grid(frame, **how)) for frame in _evenly(frames, max_frames)]
+        pictures = [_few_colors(_grid(frames[k], **how)) for k in evenly(len(frames), max_frames)]
         times, file = [milliseconds] * (len(pictures) - 1) + [hold], io.BytesIO()
-        more = {"save_all": True, "append_images": pictures[1:], "duration": times, "loop": 0, "optimize": True}
-        pictures[0].save(file, format="GIF", **more)
+        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0, optimize=True)
         if file.tell() <= 2_000_000 or len(pictures) <= 2:
             break
         max_frames = max(2, int(0.95 * len(pictures) * 2_000_000 / file.tell()))
@@ -79,10 +79,9 @@ def some_frames(frames: Iterable[Tensor], most: int = 72) -> list[Tensor]:
 def save_table(
     images: Tensor, path: str | Path, rows: Sequence[str], columns: Sequence[str], captions: Sequence[str] = ()
 ) -> None:
-    """Write images (R K, C, H, W), row by row, as a PNG with the R names of the rows and K of the columns beside them.
+    """Writes images (R K, C, H, W), row by row, as a PNG with the R names of the rows and K of the columns beside them.
 
-    captions: R K texts, or none, to write above the images. Values outside [0, 1] are clamped.
-    Raises ValueError for NaN, LessonError if path cannot be written.
+    captions: R K texts, or none, to write above the images. Raises as save_grid does.
     """
     from matplotlib.figure import Figure
 
@@ -103,7 +102,7 @@ def save_table(
 
 
 def save_loss_plot(rows: Sequence[Sequence[float]], bands: Sequence[str], path: str | Path, reference: float) -> None:
-    """Write a PNG of two panels: the training loss over the steps, and the loss in each band of noise levels.
+    """Writes a PNG of two panels: the training loss over the steps, and the loss in each band of noise levels.
 
     rows: (step, loss, loss of each band), NaN where a step had no sample of a band; bands: their names.
     reference: the loss of a network that returns zero, is a dashed line. Raises LessonError if path cannot be written.
@@ -129,14 +128,6 @@ def save_loss_plot(rows: Sequence[Sequence[float]], bands: Sequence[str], path: 
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
-
-
-def _evenly(frames, count):
-    """At most count of the frames, evenly chosen: (M, N, C, H, W)."""
-    if len(frames) == 0 or count < 1:
-        raise ValueError(f"cannot choose {count} of {len(frames)} frames")
-    chosen = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
-    return torch.stack([frames[k] for k in chosen])
 
 
 def _pixels(images):

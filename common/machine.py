@@ -1,6 +1,7 @@
 """What to run on, and in which precision: chosen by what the machine does faster, never by its name."""
 
 import functools
+import platform
 import time
 
 import torch
@@ -19,6 +20,12 @@ def choose_device(name: str = "auto") -> torch.device:
     if not available[name]:
         raise LessonError(f"--device {name}: this machine or this build of PyTorch has none; try --device auto")
     return torch.device(name)
+
+
+def describe(device: torch.device) -> str:
+    """The device, its chip, the threads and the version of PyTorch, for a person to read."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return f"{device} ({chip}, {torch.get_num_threads()} threads), PyTorch {torch.__version__}"
 
 
 def synchronize(device: torch.device) -> None:

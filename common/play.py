@@ -3,19 +3,17 @@
 A lesson's sample.py holds what is used here, with the same names in every lesson:
 
 LESSON, its name in checkpoints; WEIGHTS, which weights of a checkpoint to sample with; SAMPLERS, the names of its
-samplers, one for a quick look first, the paper's last; FILLS_IN, the one that fills_in follows;
+samplers, one for a quick look first, the paper's last; FILLS_IN, the one that fill_in follows;
+OPTIONS, {field of config: values, or a type} that only samplers use: they become flags, and are None if neither the
+training's configuration nor a flag has them; PICTURES, {flag: function(network, config, n, seed, calls, x)}, with pairs
+of test images x (n, 2, C, H, W), which returns images and how many are a row; its docstring is the flag's help;
+ONLY_FOR, {flag: the samplers and pictures that it has an effect on}, where these are not all;
 make_network(config, channels, weights) -> the network, before weights are loaded into it;
 number_of_calls(network, config, sampler, quick) -> how often the network is called for each image, if nobody says;
 draw(network, config, shape, generator, sampler, calls) -> yields images (N, C, H, W) on the way, the last ones final;
 fill_in(network, config, y, known, generator, calls) -> y (N, C, H, W) with other pixels where known (1, 1, H, W) is 0;
 noise_levels(network, config) -> the names of the noise levels, from the noisiest on;
 noise_and_guess(network, config, x, z, k) -> x with noise z of level k, and the network's guess of the clean images.
-
-It may hold three more: OPTIONS, {field of config: values, or a type} that only samplers use, which become flags;
-PICTURES, {flag: function(network, config, n, seed, calls, x)}, with pairs of test images x (n, 2, C, H, W), which
-returns images and how many are a row; the function's docstring is the flag's help; and ONLY_FOR, {flag: the samplers
-and pictures that it has an effect on}, if these are not all. A field that the configuration of a training does not have
-is None if no flag names it.
 
 config is that of the training. Images are in [0, 1].
 """
@@ -24,7 +22,7 @@ import math
 import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 from einops import rearrange, repeat
@@ -34,12 +32,11 @@ from common import cli
 from common.checkpoint import load_network
 from common.cli import progress
 from common.config import check_range, flag_of
-from common.data import load_mask, load_picture, load_pictures
+from common.data import load_mask, load_picture, load_pictures, nearest_training_digit
 from common.errors import LessonError
 from common.files import atomic_write, check_writable
-from common.images import check_finite, save_gif, save_grid, save_strip, save_table, some_frames
+from common.images import check_finite, evenly, save_gif, save_grid, save_strip, save_table, some_frames
 from common.machine import InBatches, choose_device, sampling_precision
-from common.nearest import nearest_training_digit
 from common.noise import SeededNoise
 
 MASKS = ("left", "right", "top", "bottom", "center")
@@ -76,9 +73,9 @@ def read_flags(lesson: ModuleType) -> Namespace:
     add("--nearest", action="store_true", help="show the training images that are nearest to samples")
     add("--denoise", nargs="?", const="", metavar="PATH", help="add noise and take it away in one step")
     add("--info", action="store_true", help="print what is in the checkpoint")
-    for name, function in own_pictures(lesson).items():
+    for name, function in lesson.PICTURES.items():
         add(flag_of(name), action="store_true", help=function.__doc__)
-    for name, values in own_options(lesson).items():
+    for name, values in lesson.OPTIONS.items():
         if isinstance(values, type):
             how = {"type": values, "metavar": values.__name__.upper()}
         else:
@@ -88,9 +85,9 @@ def read_flags(lesson: ModuleType) -> Namespace:
     options = parser.parse_args()
     named = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     for name, value in vars(options).items():
-        if isinstance(value, str) and value.startswith("~"):
+        if isinstance(value, str):
             setattr(options, name, os.path.expanduser(value))
-    verbs = {**VERBS, **dict.fromkeys(own_pictures(lesson), 8)}
+    verbs = {**VERBS, **dict.fromkeys(lesson.PICTURES, 8)}
     options.verb = next((name for name in verbs if vars(options).get(name) not in (None, False)), "drawn")
     options.num = verbs[options.verb] if options.num is None else options.num
     options.output = options.output or f"output/{options.verb}.png"
@@ -113,7 +110,7 @@ def read_flags(lesson: ModuleType) -> Namespace:
 
 def check_effects(lesson: ModuleType, options: Namespace, named: set[str]) -> None:
     """LessonError, one line that says where it has one, for the first of the named flags that would have no effect."""
-    sampled, own = ("drawn", "interpolate", "nearest"), tuple(own_pictures(lesson))
+    sampled, own = ("drawn", "interpolate", "nearest"), tuple(lesson.PICTURES)
     only_for = {name: (*sampled, "inpaint", "denoise", *own) for name in vars(options)}  # all but --info
     only_for |= {"sampler": (*sampled, "inpaint"), "calls": (*sampled, "inpaint", *own)}
     only_for |= {"images": ("nearest", "inpaint", "denoise", *own)} | getattr(lesson, "ONLY_FOR", {})
@@ -125,41 +122,29 @@ def check_effects(lesson: ModuleType, options: Namespace, named: set[str]) -> No
             raise LessonError(f"{flag_of(name)} has no effect here, only for {', '.join(only_for[name])}: leave it out")
 
 
-def own_options(lesson: ModuleType) -> dict:
-    """The lesson's OPTIONS."""
-    return getattr(lesson, "OPTIONS", {})
-
-
-def own_pictures(lesson: ModuleType) -> dict:
-    """The lesson's PICTURES."""
-    return getattr(lesson, "PICTURES", {})
-
-
 def play(lesson: ModuleType, options: Namespace) -> None:
     """Loads the network, and makes the pictures."""
     path, device = find_checkpoint(options.checkpoint, Path(lesson.__file__).parent), choose_device()
     network, config, checkpoint = load_network(lesson, path, device)
-    for name in own_options(lesson):
+    for name in lesson.OPTIONS:
         chosen = getattr(options, name)
         setattr(config, name, getattr(config, name, None) if chosen is None else chosen)
+    config.images = options.images or config.images
     if options.info:
         return print_info(checkpoint, network, lesson.noise_levels(network, config), path)
     for name in (options.output, options.save_tensor, options.gif, options.strip):
         if name:
             check_writable(name)  # now, not after the work
     shape, n, seed, output = tuple(checkpoint["image_shape"]), options.num, options.seed, options.output
-    data = SimpleNamespace(**{"images": "", "image_size": shape[1], "channels": shape[0], **vars(config)})
-    data.images = options.images or data.images
     precision = sampling_precision(options.precision, config.precision, device)
     calls = options.calls or lesson.number_of_calls(network, config, options.sampler, quick=True)
     how = lesson, network, config
 
-    def pictures(split, count=None):
-        """The images of a split in [0, 1]: all of them, or `count` that the seed chooses."""
-        images = load_pictures(data, split)
-        if count:
-            images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]]
-        return images / 255
+    def test_pictures(count):
+        """Test images (count, C, H, W) in [0, 1] that the seed chooses, each again where there are fewer."""
+        images = load_pictures(config, "test")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        return images[order[torch.arange(count) % len(order)]] / 255
 
     def in_batches(images):
         return InBatches(network, precision, progress(images * calls, " calls"))
@@ -174,16 +159,21 @@ def play(lesson: ModuleType, options: Namespace) -> None:
         if options.strip:
             save_strip([frame[:8] for frame in frames], options.strip)
     elif options.verb == "nearest":
-        show_nearest(images, pictures("train"), None if data.images else pictures("test", n), output)
+        groups = {"sample": images}
+        if config.images:
+            print("a folder has no test pictures to compare with")
+        else:
+            groups["test image"] = test_pictures(n)
+        show_nearest(groups, load_pictures(config, "train") / 255, output)
     elif options.verb == "inpaint":
-        known, y = read_mask(options.inpaint, *shape[1:]), pictures("test", n)
+        known, y = read_mask(options.inpaint, *shape[1:]), test_pictures(n)
         each = repeat(y, "n c h w -> (n k) c h w", k=COMPLETIONS).to(device)
         noise = SeededNoise(range(seed, seed + len(each)))
         images = lesson.fill_in(in_batches(len(each)), config, each, known.to(device), noise, calls).cpu()
         check_finite(images)
-        rows = rearrange(images, "(n k) c h w -> n k c h w", k=COMPLETIONS)
-        rows = torch.cat([torch.stack([y, y * known + 0.5 * (1 - known)], 1), rows], 1)
-        save_grid(rearrange(rows, "n k c h w -> (n k) c h w"), output, columns=2 + COMPLETIONS)
+        completions = rearrange(images, "(n k) c h w -> k n c h w", k=COMPLETIONS)
+        rows = [y, y * known + 0.5 * (1 - known), *completions]
+        save_grid(rearrange(rows, "k n c h w -> (n k) c h w"), output, columns=len(rows))
     elif options.verb == "interpolate":
         first = [seed + 2 * (k // STEPS) for k in range(n * STEPS)]
         noise = SeededNoise(first, [s + 1 for s in first], torch.linspace(0, 1, STEPS).repeat(n))
@@ -192,12 +182,10 @@ def play(lesson: ModuleType, options: Namespace) -> None:
         check_finite(images)
         save_grid(images, output, columns=STEPS)
     elif options.verb == "denoise":
-        y = load_picture(options.denoise, *shape[1::-1]) / 255 if options.denoise else pictures("test", n)
+        y = load_picture(options.denoise, *shape[1::-1]) / 255 if options.denoise else test_pictures(n)
         images = show_denoising(*how, y.to(device), seed, precision, output)
-    elif options.verb in own_pictures(lesson):
-        some = pictures("test", 2 * n)  # of a folder, perhaps fewer
-        pairs = some[torch.arange(2 * n) % len(some)].unflatten(0, (-1, 2)).to(device)
-        make = own_pictures(lesson)[options.verb]
+    elif options.verb in lesson.PICTURES:
+        pairs, make = test_pictures(2 * n).unflatten(0, (n, 2)).to(device), lesson.PICTURES[options.verb]
         images, columns = make(InBatches(network, precision, progress(None, " calls")), config, n, seed, calls, pairs)
         check_finite(images)
         save_grid(images, output, columns)
@@ -231,21 +219,6 @@ def find_checkpoint(path: str | None, lesson: Path) -> Path:
     return lesson / "pretrained.pt"
 
 
-def langevin_steps(calls: int, L: int, more: int = 0) -> int:
-    """T, how many steps at each of L noise scales make, with `more` calls besides, at most `calls` network calls.
-
-    LessonError for less than one.
-    """
-    if calls < L + more:
-        raise LessonError(f"--calls {calls}: Langevin dynamics needs at least {L + more}, with {L} noise scales")
-    return (calls - more) // L
-
-
-def evenly(L: int, n: int) -> Tensor:
-    """Indices (n,) long of n of the levels 0, ..., L - 1, evenly chosen, both ends included; all if n is larger."""
-    return torch.linspace(0, L - 1, min(n, L)).round().long()
-
-
 def read_mask(name: str, H: int, W: int) -> Tensor:
     """1 where a pixel is known and 0 where it is to be filled in: float (1, 1, H, W).
 
@@ -265,24 +238,22 @@ def read_mask(name: str, H: int, W: int) -> Tensor:
     return known.float()[None, None]
 
 
-def show_nearest(samples: Tensor, train: Tensor, test: Tensor | None, path: str) -> None:
-    """Writes samples, then test images if there are any, each above its nearest training image, with their distance.
+def show_nearest(groups: dict[str, Tensor], train: Tensor, path: str) -> None:
+    """Writes the images (N, C, H, W) of each group above their nearest training images, with their distances.
 
     Of more than a table's width, a grid: each image beside its nearest, and no distances.
     """
-    rows, captions, names = [], [], []
-    for name, images in (("sample", samples), ("test image", test)):
-        if images is None:
-            print("a folder has no test pictures to compare with")
-        elif name == "sample" or len(images) == len(samples):
-            distances, index = nearest_training_digit(images, train)
-            rows, names = [*rows, images, train[index]], [*names, name, "nearest\ntraining image"]
-            captions += [""] * len(images) + [f"{distance:.2f}" for distance in distances.tolist()]
-            print(f"{name}s: median distance {distances.median():.2f}")
-    if len(samples) <= TABLE:
-        save_table(torch.cat(rows), path, names, [""] * len(samples), captions)
+    rows, names, captions = [], [], []
+    for name, images in groups.items():
+        distances, index = nearest_training_digit(images, train)
+        rows += [images, train[index]]
+        names += [name, "nearest\ntraining image"]
+        captions += [""] * len(images) + [f"{distance:.2f}" for distance in distances.tolist()]
+        print(f"{name}s: median distance {distances.median():.2f}")
+    if len(images) <= TABLE:
+        save_table(torch.cat(rows), path, names, [""] * len(images), captions)
     else:
-        pairs = torch.stack([torch.cat(rows[::2]), torch.cat(rows[1::2])], dim=1).flatten(0, 1)
+        pairs = rearrange(rows, "(groups two) n c h w -> (groups n two) c h w", two=2)
         save_grid(pairs, path, columns=2 * math.ceil(math.sqrt(len(pairs) / 4)))
 
 
@@ -291,14 +262,13 @@ def show_denoising(lesson, network, config, y: Tensor, seed: int, precision: str
     names, network = lesson.noise_levels(network, config), InBatches(network, precision)
     some = evenly(len(names), LEVELS).flip(0).tolist()
     z = SeededNoise(range(seed, seed + len(y))).like(y)
-    pairs = [lesson.noise_and_guess(network, config, y, z, k) for k in some]
-    check_finite(torch.cat([guess for _, guess in pairs]))
-    rows = [torch.stack([y, *images], 1) for images in zip(*pairs)]
-    table = rearrange(rows, "two n k c h w -> (n two k) c h w")
-    save_table(
-        table, path, ["with noise", "network's guess"] * len(y), ["clean", *(names[k].replace(" ", "\n") for k in some)]
-    )
-    return torch.cat([guess for _, guess in pairs])
+    noisy, guesses = zip(*(lesson.noise_and_guess(network, config, y, z, k) for k in some))
+    check_finite(torch.cat(guesses))
+    rows = [torch.stack([y, *images]) for images in (noisy, guesses)]
+    table = rearrange(rows, "two k n c h w -> (n two k) c h w")
+    columns = ["clean", *(names[k].replace(" ", "\n") for k in some)]
+    save_table(table, path, ["with noise", "network's guess"] * len(y), columns)
+    return torch.cat(guesses)
 
 
 def print_info(checkpoint: dict, network: torch.nn.Module, levels: list[str], path: Path) -> None:

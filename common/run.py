@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import platform
 import re
 import shlex
 import sys
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common import ranks
-from common.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import Stopped, StopRequest, by_product, is_out_of_memory, progress
 from common.cli import run as run_main
 from common.config import RunConfig, flag_of, learning_rate, parse_config
@@ -23,7 +22,7 @@ from common.data import load_pictures
 from common.errors import LessonError
 from common.files import Claim, atomic_write, check_writable
 from common.images import check_finite, save_gif, save_grid, some_frames
-from common.machine import InBatches, autocast, choose_device, synchronize, training_precision
+from common.machine import InBatches, autocast, choose_device, describe, synchronize, training_precision
 from common.noise import SeededNoise
 from common.training_log import TrainingLog
 
@@ -105,9 +104,7 @@ class Run:
         if self.checkpoint:
             self._restore()
         if self.leads:
-            cuda = self.device.type == "cuda"
-            chip = torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine()
-            print(f"device      {self.device} ({chip}, {torch.get_num_threads()} threads), PyTorch {torch.__version__}")
+            print(f"device      {describe(self.device)}")
             print(f"processes   {ranks.world()}") if ranks.world() > 1 else None
             print(f"precision   {self.precision}")
             print(f"parameters  {sum(p.numel() for p in parts['network'].parameters()):,}")
@@ -180,13 +177,13 @@ class Run:
         return (SAMPLES, *self.image_shape), SeededNoise(range(seed, seed + SAMPLES))
 
     def to_sample(self, network: torch.nn.Module) -> InBatches:
-        """The network, in batches and in the precision of the run."""
+        """The network, in batches and in the precision of the run. It raises Stopped if the run is to stop."""
         return InBatches(network, self.precision, stop=self.stop)
 
     def show(self, frames: Iterable[Tensor]) -> None:
         """Writes the last of the frames as samples_step_....png; gives up if the run is to stop."""
         try:
-            *_, images = some_frames(self._until_stop(frames))
+            images = some_frames(frames)[-1]
         except Stopped:
             return
         check_finite(images)
@@ -199,7 +196,7 @@ class Run:
         if not self.leads:
             sys.exit(0)
         try:
-            kept = some_frames(self._until_stop(frames))
+            kept = some_frames(frames)
         except Stopped:
             self.ending = self.stop.signal_number
             self._exit("the checkpoint is saved, the last pictures are not made")
@@ -209,23 +206,13 @@ class Run:
             save_gif(kept, self.folder / "trajectory.gif")
         return kept
 
-    def _until_stop(self, frames):
-        for images in frames:
-            if self.stop:
-                raise Stopped
-            yield images
-
     def _save(self):
-        """Writes checkpoint.pt, config.json and the log. LessonError, and the last checkpoint stays, if weights are not
-        finite.
-        """
+        """Writes checkpoint.pt, config.json and the log; LessonError, and none of them, if weights are not finite."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
         networks = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
         if not all(weights.isfinite().all() for network in networks for weights in network.parameters()):
-            raise LessonError(
-                f"the weights are not finite after step {self.step}; the last checkpoint is kept; "
-                "try a lower --learning-rate"
-            )
+            advice = "the last checkpoint is kept; try a lower --learning-rate"
+            raise LessonError(f"the weights are not finite after step {self.step}; {advice}")
         if not self.leads:
             return
         config = dataclasses.asdict(self.config)
@@ -245,10 +232,7 @@ class Run:
         found = self.checkpoint
         try:
             for name, part in self.parts.items():
-                if isinstance(part, torch.nn.Module):
-                    load_weights(part, found[name], "checkpoint.pt")
-                else:
-                    part.load_state_dict(found[name])
+                part.load_state_dict(found[name])
             if found["device"] == self.device.type:
                 self.generator.set_state(found["generator"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -293,10 +277,8 @@ def find_earlier_run(folder: Path, overwrite: bool) -> list[Path]:
     """
     earlier = [path for path in sorted(folder.glob("*")) if FILES.fullmatch(path.name)]
     if earlier and not overwrite:
-        raise LessonError(
-            f"{folder} holds an earlier run: go on with it (--resume), replace it (--overwrite), "
-            "or choose another folder (--output)"
-        )
+        advice = "go on with it (--resume), replace it (--overwrite), or choose another folder (--output)"
+        raise LessonError(f"{folder} holds an earlier run: {advice}")
     check_writable(folder / "checkpoint.pt")
     return [path for path in earlier if path.name not in ("checkpoint.pt", "config.json")]  # these are written over
 
@@ -315,18 +297,16 @@ def resume_run(config: RunConfig, named: set[str], lesson: str) -> tuple:
     except TypeError as error:
         raise LessonError(f"{path} is of another version of {lesson}: start a new run") from error
     for name in sorted(named - FREE_TO_CHANGE):
-        if getattr(config, name) != getattr(saved, name):
-            flag, value = flag_of(name), getattr(saved, name)
+        flag, value = flag_of(name), getattr(saved, name)
+        if getattr(config, name) != value:
             raise LessonError(f"{path} was made with {flag} {value}: resume without {flag}, or start a new run")
-    changed = (named & FREE_TO_CHANGE | {"output"}) - {"minutes"}
+    changed = named & FREE_TO_CHANGE | {"output"}
     if "minutes" in named:
-        changed.discard("steps")
+        changed -= {"minutes", "steps"}
     config = dataclasses.replace(saved, **{name: getattr(config, name) for name in changed})
     if config.steps < step:
         raise LessonError(f"{path} is already at step {step}: ask for more --steps than that")
     if config.steps != saved.steps and config.decay != "constant":
-        raise LessonError(
-            f"{path} is of a run of {saved.steps} steps, at whose end the learning rate is 0: "
-            "resume without --steps, or start a new run (only with --decay constant may it change)"
-        )
+        advice = "resume without --steps, or start a new run (only with --decay constant may it change)"
+        raise LessonError(f"{path} is of a run of {saved.steps} steps, at whose end the learning rate is 0: {advice}")
     return config, checkpoint

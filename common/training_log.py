@@ -27,9 +27,7 @@ class TrainingLog:
         self.rows, self.recent = [], []
 
     def add(self, step: int, losses: Tensor) -> None:
-        """Takes, for each image of one step, its loss and where between the noisiest level, 0, and the cleanest, 1, it
-        was: (B, 2).
-        """
+        """Takes (B, 2): for each image of a step its loss, and its place from the noisiest level, 0, to 1."""
         self.recent.append((step, losses))
 
     def check(self) -> None:

@@ -12,11 +12,13 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, an
 from sampler import annealed_langevin_dynamics, inpaint, langevin_step_size, tweedie
 from score_network import ScoreNetwork
 
+from common.errors import LessonError
 from common.noise import Noise, noise_like
-from common.play import langevin_steps, main
+from common.play import main
 
 LESSON, WEIGHTS = "lesson_03_ncsn", "network"  # its name, and which weights of a checkpoint samples come from
 SAMPLERS, FILLS_IN = ("langevin",), "langevin"  # common/play.py says what it takes from here
+OPTIONS, PICTURES = {}, {}
 QUICK_T = 15  # Langevin steps at each noise scale when a picture should not take long; the paper has 100
 
 
@@ -29,6 +31,14 @@ def make_network(config, channels: int, weights: dict) -> ScoreNetwork:
 def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
     """How often the network is called for each image: T times at each noise scale."""
     return min(QUICK_T if quick else config.T, config.T) * len(network.sigmas)
+
+
+def langevin_steps(calls: int, L: int) -> int:
+    """T, the steps at each of L noise scales, of so many network calls in all. LessonError if that is less than one."""
+    T = calls // L
+    if T < 1:
+        raise LessonError(f"--calls {calls}: Langevin dynamics needs at least {L}, with {L} noise scales")
+    return T
 
 
 @torch.no_grad()

@@ -23,10 +23,11 @@ from unconditional import step_size_for_all_scales
 
 from common.errors import LessonError
 from common.noise import Noise, noise_like
-from common.play import evenly, langevin_steps, main
+from common.play import evenly, main
 
 LESSON, WEIGHTS = "lesson_04_ncsnv2", "ema"  # its name, and which weights of a checkpoint samples come from
 SAMPLERS, FILLS_IN = ("consistent", "langevin"), "langevin"  # common/play.py says what it takes from here
+OPTIONS, PICTURES = {}, {}
 
 
 def make_network(config, channels: int, weights: dict) -> ScoreNetwork:
@@ -38,6 +39,14 @@ def make_network(config, channels: int, weights: dict) -> ScoreNetwork:
 def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
     """How often the network is called for each image: T at each noise scale, and once to denoise."""
     return (config.T if sampler == "langevin" else 1) * len(network.sigmas) + 1
+
+
+def langevin_steps(calls: int, L: int) -> int:
+    """T, the steps at each of L noise scales, of so many network calls in all. LessonError if that is less than one."""
+    T = (calls - 1) // L  # one is to denoise
+    if T < 1:
+        raise LessonError(f"--calls {calls}: Langevin dynamics needs at least {L + 1}, with {L} noise scales")
+    return T
 
 
 def step_size(sigmas: Tensor, T: int) -> float:
@@ -59,7 +68,7 @@ def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: i
     sigmas = network.sigmas
     x = sigmas[0] * noise_like(torch.empty(shape, device=sigmas.device), generator)
     if sampler == "langevin":
-        T = langevin_steps(calls, len(sigmas), 1)
+        T = langevin_steps(calls, len(sigmas))
         steps = annealed_langevin_dynamics(network, x, sigmas, T, step_size(sigmas, T), generator)
     elif calls < 3:
         raise LessonError(f"--calls {calls}: consistent sampling needs at least 3, two noise scales and one to denoise")
@@ -77,7 +86,7 @@ def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: i
 @torch.no_grad()
 def fill_in(network, config, y: Tensor, known: Tensor, generator: Noise, calls: int) -> Tensor:
     """Images y (N, C, H, W) with other pixels where known (1, 1, H, W) is 0."""
-    sigmas, T = network.sigmas, langevin_steps(calls, len(network.sigmas), 1)
+    sigmas, T = network.sigmas, langevin_steps(calls, len(network.sigmas))
     start = sigmas[0] * noise_like(y, generator)
     *_, x = inpaint(network, y, known, start, sigmas, T, step_size(sigmas, T), generator)
     return denoise(network, x, sigmas) * (1 - known) + y * known

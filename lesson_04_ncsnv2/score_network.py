@@ -21,9 +21,7 @@ def conv3x3(c_in, c_out, dilation=1, bias=True):
 
 
 class InstanceNormPlusPlus(nn.Module):
-    """InstanceNorm++ (NCSN, App. A): each channel is standardised over its pixels, and what that takes away, the
-    channel's mean, comes back standardised over the channels. x (B, C, H, W) -> (B, C, H, W).
-    """
+    """InstanceNorm++ (NCSN, App. A): standardises channels over pixels, and adds their means, standardised too."""
 
     def __init__(self, channels):
         super().__init__()
@@ -76,10 +74,9 @@ class ConvUnit(nn.Module):
 class ResidualConvUnits(nn.Module):
     """RCU: n times x + unit(unit(x))."""
 
-    def __init__(self, channels, n, act):
+    def __init__(self, c, n, act):
         super().__init__()
-        unit = partial(ConvUnit, channels, channels, act)
-        self.units = nn.ModuleList(nn.ModuleList([unit(), unit()]) for _ in range(n))
+        self.units = nn.ModuleList(nn.ModuleList(ConvUnit(c, c, act) for _ in range(2)) for _ in range(n))
 
     def forward(self, x):
         for unit1, unit2 in self.units:
@@ -122,18 +119,17 @@ class RefineBlock(nn.Module):
 
 
 class ScoreNetwork(nn.Module):
-    """Estimates the score of the data under Gaussian noise of scale sigma_i, for every i at once.
+    """Estimates the score of the data under Gaussian noise of scale sigma_i, for every i at once; sigmas is (L,).
 
     Lesson 3 gives i to each layer (NCSN, App. A); lesson 4 to none, and divides the output by sigma_i (Technique 3).
-
-    sigmas (L,) are the noise scales. Images have `channels` channels and an even height and width from 16 to 64. The
-    other arguments trade quality for time; their defaults are the paper's network for MNIST.
+    Images have `channels` channels, and an even height and width from 16 to 64. The other arguments trade quality for
+    time; their defaults are the paper's network for MNIST.
     width: feature channels at full size; after the only downsampling there are twice as many.
     patch: 2 runs on blocks of 2x2 pixels, each with its numbers stacked as channels; a quarter of the work. 1 or 2.
     blocks: residual blocks in each stage, and residual units that adapt each input of a refine block.
     activation: a name in common.layers.ACTIVATIONS.
     skip: the layers see c x, with c = 1 / sqrt(0.2 + mean x^2), and c (h - x) takes the place of their output h. Under
-    strong noise c is about 1 / sigma_i, and the right h is the clean image; under weak noise c is about 2.
+    strong noise c is about 1 / sigma, and the right h is the clean image; under weak noise c is about 2.
     """
 
     def __init__(self, sigmas, channels=1, width=64, patch=1, blocks=2, activation="elu", skip=False):
@@ -141,7 +137,6 @@ class ScoreNetwork(nn.Module):
         act, W, W2 = ACTIVATIONS[activation], width, 2 * width
         block = partial(ResidualBlock, act=act)
         refine = partial(RefineBlock, act=act, blocks=blocks)
-
         self.register_buffer("sigmas", sigmas.clone())
         self.patch, self.act, self.skip = patch, act, skip
         self.first = conv3x3(channels * patch**2, W)
@@ -154,14 +149,12 @@ class ScoreNetwork(nn.Module):
                 (block(W2, W2, dilation=4, shortcut=conv3x3(W2, W2, 4)), W2, 4),  # (B, 2W, 14, 14)
             )
         )
-        self.cascade = nn.ModuleList(
-            [
-                refine([W2], W2),  # (B, 2W, 14, 14), from the fourth stage
-                refine([W2, W2], W2),  # (B, 2W, 14, 14), from the third stage and the result above
-                refine([W2, W2], W),  # (B, W, 14, 14)
-                refine([W, W], W, blocks_out=blocks + 1),  # (B, W, 28, 28)
-            ]
-        )
+        self.cascade = nn.ModuleList([
+            refine([W2], W2),  # (B, 2W, 14, 14), from the fourth stage
+            refine([W2, W2], W2),  # (B, 2W, 14, 14), from the third stage and the result above
+            refine([W2, W2], W),  # (B, W, 14, 14)
+            refine([W, W], W, blocks_out=blocks + 1),  # (B, W, 28, 28)
+        ])  # fmt: skip
         self.norm = InstanceNormPlusPlus(W)
         self.last = conv3x3(W, channels * patch**2)
 
@@ -184,5 +177,4 @@ class ScoreNetwork(nn.Module):
             h = refine([stages.pop(), h])
         h = self.last(self.act(self.norm(h)))
         h = rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch).float()
-        h = c * h - x if self.skip else h
-        return h / self.sigmas[i][:, None, None, None]  # Technique 3
+        return (c * h - x if self.skip else h) / self.sigmas[i][:, None, None, None]  # Technique 3

@@ -1,7 +1,6 @@
 """The score network: a 4-cascade RefineNet (Lin et al. 2017), conditioned on log sigma.
 
-Changes from lesson 4: sigma is a number, and no scales are stored; log sigma moves the weights of each normalisation,
-sets how strongly the input is scaled, and a second copy of the input is magnified by it.
+Changes from lesson 4: log sigma moves the weights of the norms, and scales the input; a copy of that is magnified.
 
 Shapes: B images of C channels and H x W pixels; E numbers that embed log sigma.
 """
@@ -19,10 +18,7 @@ E = 32  # numbers that embed log sigma
 
 
 def log_sigma_embedding(sigma: Tensor) -> Tensor:
-    """Sines and cosines of log sigma times 1/4, 2/4, ..., 16/4 (ours; the paper draws such frequencies, App. H).
-
-    sigma (B,) > 0; returns (B, E).
-    """
+    """Sines and cosines (B, E) of log sigma times 1/4, ..., 16/4; sigma (B,) > 0 (ours; the paper's are random)."""
     angles = sigma.log()[:, None] * torch.arange(1, E // 2 + 1, device=sigma.device) / 4  # (B, E / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -32,24 +28,17 @@ def conv3x3(c_in, c_out, dilation=1, bias=True):
     return nn.Conv2d(c_in, c_out, 3, padding=dilation, dilation=dilation, bias=bias)
 
 
-def mute_linear(n_in, n_out):
-    """A linear layer that does not look at its input until it has learned to."""
-    layer = nn.Linear(n_in, n_out)
-    nn.init.zeros_(layer.weight)
-    return layer
-
-
 class InstanceNormPlusPlus(nn.Module):
-    """InstanceNorm++ (NCSN, App. A): each channel is standardised over its pixels, and what that takes away, the
-    channel's mean, comes back standardised over the channels. x (B, C, H, W) -> (B, C, H, W).
-    """
+    """InstanceNorm++ (NCSN, App. A): standardises channels over pixels, and adds their means, standardised too."""
 
     def __init__(self, channels, conditional):
         super().__init__()
         self.gamma = nn.Parameter(1 + 0.02 * torch.randn(channels))
         self.alpha = nn.Parameter(1 + 0.02 * torch.randn(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
-        self.embed = mute_linear(E, 3 * channels) if conditional else None
+        if conditional:
+            self.embed = nn.Linear(E, 3 * channels)
+            nn.init.zeros_(self.embed.weight)  # sigma changes nothing until the layer has learned to look at it
 
     def forward(self, x, e):
         gamma, alpha, beta = self.gamma, self.alpha, self.beta  # (C,)
@@ -98,10 +87,9 @@ class ConvUnit(nn.Module):
 class ResidualConvUnits(nn.Module):
     """RCU: n times x + unit(unit(x))."""
 
-    def __init__(self, channels, n, act):
+    def __init__(self, c, n, act):
         super().__init__()
-        unit = partial(ConvUnit, channels, channels, act)
-        self.units = nn.ModuleList(nn.ModuleList([unit(), unit()]) for _ in range(n))
+        self.units = nn.ModuleList(nn.ModuleList(ConvUnit(c, c, act) for _ in range(2)) for _ in range(n))
 
     def forward(self, x):
         for unit1, unit2 in self.units:
@@ -144,12 +132,11 @@ class RefineBlock(nn.Module):
 
 
 class ScoreNetwork(nn.Module):
-    """Estimates the score of the data under Gaussian noise of scale sigma, for every sigma at once.
+    """Estimates the score of the data under Gaussian noise of scale sigma, for every sigma up to sigma_max at once.
 
     Lesson 7 tells the layers log sigma (App. H); if not conditional, this is lesson 4's network, and its weights fit.
-
-    sigma_max is the largest sigma. Images have `channels` channels and an even height and width from 16 to 64. The
-    other arguments trade quality for time; their defaults are the paper's network for MNIST.
+    Images have `channels` channels, and an even height and width from 16 to 64. The other arguments trade quality for
+    time; their defaults are the paper's network for MNIST.
     width: feature channels at full size; after the only downsampling there are twice as many.
     patch: 2 runs on blocks of 2x2 pixels, each with its numbers stacked as channels; a quarter of the work. 1 or 2.
     blocks: residual blocks in each stage, and residual units that adapt each input of a refine block.
@@ -165,7 +152,6 @@ class ScoreNetwork(nn.Module):
         act, W, W2 = ACTIVATIONS[activation], width, 2 * width
         block = partial(ResidualBlock, act=act, conditional=conditional)
         refine = partial(RefineBlock, act=act, blocks=blocks)
-
         self.register_buffer("sigma_max", torch.tensor(float(sigma_max)))
         self.patch, self.act, self.skip, self.conditional = patch, act, skip, conditional
         self.first = conv3x3((1 + conditional) * channels * patch**2, W)
@@ -178,20 +164,14 @@ class ScoreNetwork(nn.Module):
                 (block(W2, W2, dilation=4, shortcut=conv3x3(W2, W2, 4)), W2, 4),  # (B, 2W, 14, 14)
             )
         )
-        self.cascade = nn.ModuleList(
-            [
-                refine([W2], W2),  # (B, 2W, 14, 14), from the fourth stage
-                refine([W2, W2], W2),  # (B, 2W, 14, 14), from the third stage and the result above
-                refine([W2, W2], W),  # (B, W, 14, 14)
-                refine([W, W], W, blocks_out=blocks + 1),  # (B, W, 28, 28)
-            ]
-        )
+        self.cascade = nn.ModuleList([
+            refine([W2], W2),  # (B, 2W, 14, 14), from the fourth stage
+            refine([W2, W2], W2),  # (B, 2W, 14, 14), from the third stage and the result above
+            refine([W2, W2], W),  # (B, W, 14, 14)
+            refine([W, W], W, blocks_out=blocks + 1),  # (B, W, 28, 28)
+        ])  # fmt: skip
         self.norm = InstanceNormPlusPlus(W, conditional)
         self.last = conv3x3(W, channels * patch**2)
-
-    def shrink(self, x, scale):
-        """c of `skip`; conditioned, with sigma^2 + 0.1 in place of mean x^2, which it is if the noise is right."""
-        return torch.rsqrt(0.2 + (scale**2 + 0.1 if self.conditional else x.square().mean(dim=(1, 2, 3), keepdim=True)))
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x (B, C, H, W) noisy images, sigma (B,) their noise scales; returns the score (B, C, H, W), float32."""
@@ -201,7 +181,8 @@ class ScoreNetwork(nn.Module):
         e = log_sigma_embedding(sigma) if self.conditional else None  # (B, E)
         magnified = (x / scale).clamp(-4, 4) / 4  # black pixels have their noise at full size, however weak it is
         if self.skip:
-            c = self.shrink(x, scale)  # (B, 1, 1, 1)
+            mean_square = scale**2 + 0.1 if self.conditional else x.square().mean(dim=(1, 2, 3), keepdim=True)
+            c = torch.rsqrt(0.2 + mean_square)  # (B, 1, 1, 1)
             x = c * x
         h = torch.cat([x, magnified], dim=1) if self.conditional else x
         h = rearrange(h, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
@@ -216,5 +197,4 @@ class ScoreNetwork(nn.Module):
             h = refine([stages.pop(), h])
         h = self.last(self.act(self.norm(h, e)))
         h = rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch).float()
-        h = c * h - x if self.skip else h
-        return h / scale  # Technique 3
+        return (c * h - x if self.skip else h) / scale  # Technique 3

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 import common.data
-import common.pretrained
 import lesson_03_ncsn.sampler
 from common.checkpoint import load_network, save_checkpoint
 from common.errors import LessonError
@@ -26,6 +25,10 @@ from lesson_04_ncsnv2.sampler import denoise
 from lesson_04_ncsnv2.unconditional import noise_after_langevin
 from tests.conftest import LESSONS
 from tests.running import DIFFUSION, ENVIRONMENT, ROOT, WITHOUT_7, quick, run_here, script, some_pictures
+
+sys.path.append(str(ROOT / "docs"))
+
+import pretrained
 
 FEW = {  # network calls, too few for digits
     "lesson_03_ncsn": 10,
@@ -887,7 +890,7 @@ def test_a_pretrained_checkpoint_is_made_from_a_run(lesson, in_color, tmp_path, 
     folder = tmp_path / lesson.name
     shutil.copytree(in_color, folder / "output")
     monkeypatch.setattr(sys, "argv", ["pretrained.py", str(folder)])
-    common.pretrained.main()
+    pretrained.main()
     for name in ("pretrained.pt", "output/checkpoint.pt"):
         flags = ("--num", 1, "--save-tensor", tmp_path / Path(name).stem, "--output", tmp_path / "x.png")
         done(sample(lesson.name, "--checkpoint", folder / name, *flags, few=FEW_OF_QUICK))
@@ -896,7 +899,7 @@ def test_a_pretrained_checkpoint_is_made_from_a_run(lesson, in_color, tmp_path, 
     assert 2 * (folder / "pretrained.pt").stat().st_size < (folder / "output" / "checkpoint.pt").stat().st_size
     monkeypatch.setattr(sys, "argv", ["pretrained.py"])
     with pytest.raises(LessonError, match="name the lesson's folder"):
-        common.pretrained.main()
+        pretrained.main()
 
 
 @pytest.mark.parametrize("verb", ["drawn", "inpaint right", "interpolate", "nearest", "denoise", "info"])

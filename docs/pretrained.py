@@ -1,7 +1,7 @@
 """Make a lesson's pretrained.pt from the checkpoint of its lesson run, small enough to come with the repository.
 
     cd lesson_04_ncsnv2 && python train_mnist.py
-    cd .. && python -m common.pretrained lesson_04_ncsnv2
+    cd .. && python docs/pretrained.py lesson_04_ncsnv2
 
 It keeps the weights that samples come from, matrices rounded to float16, and the configuration; what only a training
 needs, the optimiser and its like, is left out.
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder that holds common/
+
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import run
 from common.errors import LessonError
@@ -20,7 +22,7 @@ from common.errors import LessonError
 def main() -> None:
     """Reads the lesson's output/checkpoint.pt, and writes its pretrained.pt."""
     if len(sys.argv) != 2:
-        raise LessonError("name the lesson's folder: python -m common.pretrained lesson_04_ncsnv2")
+        raise LessonError("name the lesson's folder: python docs/pretrained.py lesson_04_ncsnv2")
     folder = Path(sys.argv[1])
     found = load_checkpoint(folder / "output" / "checkpoint.pt", folder.name)
     config, network = found["config"], "ema" if "ema" in found else "network"
