@@ -45,10 +45,7 @@ def load_images(name: str, split: str = "train") -> Tensor:
 
 
 def load_pictures(config, split: str = "train") -> Tensor:
-    """What a run with this configuration trains on: the data set, or the folder of pictures if it names one.
-
-    A folder has no test pictures: both splits are all of it. Shapes and errors as in load_images and load_folder.
-    """
+    """The images of a configuration: load_images of its data set, or load_folder of its folder, whatever the split."""
     if config.images:
         return load_folder(config.images, config.image_size, config.channels)
     return load_images(config.dataset, split)

@@ -42,10 +42,7 @@ def evenly(L: int, n: int) -> Tensor:
 
 
 def save_strip(frames: Sequence[Tensor], path: str | Path) -> None:
-    """Writes eight of the frames, each (N, C, H, W), evenly chosen, as a PNG with a row for each image.
-
-    Raises as save_grid does.
-    """
+    """Writes eight of the frames (N, C, H, W), evenly chosen, as a PNG: a row for each image. Raises as save_grid."""
     chosen = torch.stack([frames[k] for k in evenly(len(frames), 8)], dim=1)
     save_grid(chosen.flatten(0, 1), path, columns=chosen.shape[1])
 
