@@ -31,8 +31,8 @@ def test_the_tour_runs_and_shows_its_pictures(monkeypatch, tmp_path):
     first = code(notebook)[0]
     first.source, changed = re.subn(r"^N = 12 ", "N = 2 ", first.source, flags=re.MULTILINE)
     assert changed == 1
-    where = {"metadata": {"path": str(TOUR.parent)}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=where).execute(env=ENVIRONMENT)  # raises if a cell does
+    how = {"resources": {"metadata": {"path": str(TOUR.parent)}}, "timeout": 300, "iopub_timeout": 60}  # if it is busy
+    nbclient.NotebookClient(notebook, **how).execute(env=ENVIRONMENT)  # raises if a cell does
     for page in (shown, notebook):
         assert [len(pictures(cell)) for cell in code(page)] == [0, 3, 2, 3, 3]
         assert [cell.execution_count for cell in code(page)] == [1, 2, 3, 4, 5]  # once, from top to bottom
