@@ -1,4 +1,4 @@
-"""A classifier of noisy digits, to ask for a digit with: `python classifier.py` trains it in two minutes.
+"""A classifier of noisy digits, to ask for a digit with: `python classifier.py` trains it in one minute.
 
 Not the judge of common/digit_classifier.py, which has never seen noise. Here the noise is the point: its gradient is
 added to the score at each noise scale, and a classifier of clean digits knows nothing at most of them.
