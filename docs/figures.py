@@ -336,10 +336,11 @@ def compare(path: Path, source: Path = DOCS / "compare.csv") -> None:
         fids = series.setdefault(line["setting"].split(",")[0], {}).setdefault(int(line["x"]), [])
         fids.append(float(line["value"]))
     figure, (panel,) = panels(1)
-    for (name, several), color in zip(sorted(series.items()), ("gray", ORANGE, BLUE, PINK, GREEN), strict=True):
+    labels = "3: NCSN", "4: NCSNv2", "5: DDPM", "7: Score SDE", "9: Improved DDPM"
+    for name, label, color in zip(sorted(series), labels, ("gray", ORANGE, BLUE, PINK, GREEN), strict=True):
+        several = series[name]
         means = {calls: geometric_mean(fids) for calls, fids in sorted(several.items())}
-        lesson = name.removeprefix("lesson_").replace("_", " ").lstrip("0")
-        panel.plot(means.keys(), means.values(), color=color, linewidth=2, label=f"lesson {lesson}")
+        panel.plot(means.keys(), means.values(), color=color, linewidth=2, label=label)
         for calls, fids in several.items():
             panel.plot([calls] * len(fids), fids, "o", color=color, markersize=5)
     panel.set(xscale="log", yscale="log", ylim=(3, 1000))
