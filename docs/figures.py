@@ -343,7 +343,7 @@ def compare(path: Path, source: Path = DOCS / "compare.csv") -> None:
         panel.plot(means.keys(), means.values(), color=color, linewidth=2, label=label)
         for calls, fids in several.items():
             panel.plot([calls] * len(fids), fids, "o", color=color, markersize=5)
-    panel.set(xscale="log", yscale="log", ylim=(3, 1000))
+    panel.set(xscale="log", yscale="log", ylim=(2.5, 1000))
     log_ticks(panel.xaxis, (10, 25, 50, 100, 1000))
     log_ticks(panel.yaxis, (3, 5, 10, 20, 50, 100, 200, 500))
     panel.set_xlabel("network calls for each sample", fontsize=12)

@@ -51,8 +51,8 @@ def sample(nine: SimpleNamespace, table: Table, K: int, variance: str) -> Tensor
 def calls(table: Table, nine: SimpleNamespace) -> None:
     """How many network calls does each variance need?"""
     T = len(nine.betas)
-    for K in [min(K, T) for K in (10, 25, 50, 100, 250)]:
-        for variance in ("learned",) if K == 250 else ("learned", "small", "large", "DDIM"):
+    for K in [min(K, T) for K in (10, 25, 50, 100, 250, 1000)]:
+        for variance in ("learned",) if K >= 250 else ("learned", "small", "large", "DDIM"):
             for _ in table.missing(variance, [K]):
                 table.add(variance, K, fid=fid(sample(nine, table, K, variance)))
 
