@@ -45,13 +45,6 @@ FEW_STEPS = 800  # of `backbone`, with BATCH images each: a fifth of a lesson ru
 BATCH = 128
 
 
-def fresh(name: str) -> ModuleType:
-    """A lesson's sample.py; the files of other lessons, which have the same names, are forgotten."""
-    for file in ROOT.glob("lesson_*/*.py"):
-        sys.modules.pop(file.stem, None)
-    return load_lesson(name)
-
-
 def checkpoint(name: str, seed: int) -> Path:
     """Where the weights of a lesson's run are."""
     return ROOT / name / ("pretrained.pt" if seed == 0 else f"output_{seed}/checkpoint.pt")
@@ -59,8 +52,8 @@ def checkpoint(name: str, seed: int) -> Path:
 
 def score(table: Table, setting: str, K: int, lesson: ModuleType, network, config, shape, sampler: str) -> None:
     """Adds digit FID, precision and recall of n samples, of the image seeds 1, 2, ..."""
-    precision = sampling_precision("auto", config.precision, choose_device())
-    images, _ = sample_all(lesson, network, config, (table.n, *shape), 1, sampler, K, precision)
+    number_format = sampling_precision("auto", config.precision, choose_device())
+    images, _ = sample_all(lesson, network, config, (table.n, *shape), 1, sampler, K, number_format)
     found = digit_features(images.clamp(0, 1))
     precision, recall = precision_recall(real_features(), found)
     table.add(setting, K, fid=frechet_distance(found, real_features()), precision=precision, recall=recall)
@@ -74,7 +67,7 @@ def calls(name: str, table: Table) -> None:
     wanted = SAMPLERS[name][4:] if table.experiment == "many calls" else SAMPLERS[name][:4]
     for sampler, K in wanted[: 1 if table.smoke else None]:
         for _ in table.missing(f"{name}, {sampler}", [K]):
-            lesson = fresh(name)
+            lesson = load_lesson(name)
             network, config, found = load_network(lesson, path, choose_device())
             score(table, f"{name}, {sampler}", K, lesson, network, config, found["image_shape"], sampler)
 
@@ -90,7 +83,7 @@ def cost(name: str, table: Table) -> None:
     """What does a lesson run take? Parameters, images, images a second, gigabytes; seconds for 64 digits, 100 calls."""
     if not table.missing(name, [0]):
         return
-    lesson = fresh(name)
+    lesson = load_lesson(name)
     network, _, found = load_network(lesson, checkpoint(name, 0), choose_device())
     config = found["config"]
     sampler, K = SAMPLERS[name][3]
@@ -142,8 +135,8 @@ def backbone(name: str, table: Table) -> None:
     steps = 3 if table.smoke else FEW_STEPS
     if not table.missing(f"{name}, {SAMPLERS[name][2][0]}", [SAMPLERS[name][2][1]]):
         return
-    lesson, train_mnist = fresh(name), importlib.import_module("train_mnist")
-    if hasattr(train_mnist, "largest_pairwise_distance") or name == "lesson_03_ncsn":
+    lesson, train_mnist = load_lesson(name), importlib.import_module("train_mnist")
+    if "ddpm" not in name:  # lessons 5 and 9 have it already
         make = lambda config, channels, weights: Backbone(channels, weights, told=name != "lesson_04_ncsnv2")
         lesson.make_network = train_mnist.make_network = make
     changes = {"scale_shift": False} if name == "lesson_09_improved_ddpm" else {}
