@@ -5,7 +5,9 @@ of the rounds is printed. A step is all that train_mnist.py does in it: data, lo
 """
 
 import argparse
+import contextlib
 import importlib
+import itertools
 import statistics
 import tempfile
 import time
@@ -16,23 +18,26 @@ from common.config import check_range
 from common.machine import InBatches, choose_device, describe, synchronize, training_precision
 from common.run import Run
 
-WARM, TIMED = 1, 4  # the steps of a round that do not count, and those that do
+WARM = 1  # steps of a round that do not count
+TIMED, SECONDS = 4, 1.0  # then so many that do, and again until so much time has passed
 
 
 class TimedRun(Run):
-    """A run that times some steps, and the first frame of the last pictures; it writes nothing."""
+    """A run that times some steps, and some frames of the last pictures; it writes nothing."""
 
     preview_due = False
 
     def steps(self):
         """Yields the steps of a round; `training` is then how many images one second took."""
-        for self.step in range(1, WARM + TIMED + 1):
-            if self.step == WARM + 1:
-                synchronize(self.device)
-                begin = time.perf_counter()
+        for self.step in itertools.count(1):
             yield self.step
-        synchronize(self.device)
-        self.training = TIMED * self.config.batch_size / (time.perf_counter() - begin)
+            if self.step % TIMED == WARM:
+                synchronize(self.device)
+                if self.step == WARM:
+                    begin = time.perf_counter()
+                elif (seconds := time.perf_counter() - begin) >= SECONDS:
+                    break
+        self.training = (self.step - WARM) * self.config.batch_size / seconds
 
     def record(self, loss, where):
         """Forgets the losses."""
@@ -47,12 +52,26 @@ class TimedRun(Run):
         self.images_seen += n
 
     def last_pictures(self, frames):
-        """Makes the first frame; `sampling` is then how many network calls for an image one second took."""
+        """Makes some frames; `sampling` is then how many network calls for an image one second took."""
         begin = time.perf_counter()
-        next(iter(frames))
-        synchronize(self.device)
-        self.sampling = self.images_seen / (time.perf_counter() - begin)
+        for _ in frames:
+            synchronize(self.device)
+            if (seconds := time.perf_counter() - begin) >= SECONDS:
+                break
+        self.sampling = self.images_seen / seconds
         raise Stopped
+
+
+def time_round(name: str, preset: str | None, precision: str) -> TimedRun:
+    """Trains a lesson for some steps, with a preset of its train_mnist.py or as it is, and times it."""
+    lesson, train_mnist = load_lesson(name), importlib.import_module("train_mnist")
+    with tempfile.TemporaryDirectory() as folder:
+        config = train_mnist.Config(**train_mnist.PRESETS.get(preset, {}), precision=precision, output=folder)
+        timed = TimedRun(config, lesson.LESSON)
+        timed.images, timed.leads = timed.images[:2000], False  # few, for Technique 1; and say nothing
+        with contextlib.suppress(Stopped):
+            train_mnist.train(timed.config, timed)
+    return timed
 
 
 def main() -> None:
@@ -63,21 +82,13 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="only a tiny network: tests the bench")
     options = parser.parse_args()
     check_range("--rounds", options.rounds)
-    lesson, train_mnist = load_lesson(options.lesson), importlib.import_module("train_mnist")
-    presets = {"lesson run": {}, "paper's network": train_mnist.PRESETS["paper"]}
-    presets = {"smoke": train_mnist.PRESETS["smoke"]} if options.smoke else presets
+    presets = {"smoke": "smoke"} if options.smoke else {"lesson run": None, "paper's network": "paper"}
     rates = {}
     for _ in range(options.rounds):
         for name, preset in presets.items():
             for precision in ("float32", "bfloat16"):
-                with tempfile.TemporaryDirectory() as folder:
-                    config = train_mnist.Config(**preset, precision=precision, output=folder)
-                    timed = TimedRun(config, lesson.LESSON)
-                    timed.images, timed.leads = timed.images[:2000], False  # few, for Technique 1; and say nothing
-                    try:
-                        train_mnist.train(timed.config, timed)
-                    except Stopped:
-                        rates.setdefault(f"{name}, {precision}", []).append((timed.training, timed.sampling))
+                timed = time_round(options.lesson, preset, precision)
+                rates.setdefault(f"{name}, {precision}", []).append((timed.training, timed.sampling))
     device = choose_device()
     print(f"{options.lesson}, {describe(device)}")
     print(f"{'images/s, median':30}{'training':>10}{'sampling':>10}")

@@ -14,6 +14,7 @@ import torch
 import common.bench
 import common.cli
 import common.evaluate
+from common.machine import choose_device
 from common.noise import SeededNoise
 from tests.running import DIFFUSION, ENVIRONMENT, ROOT, Result, quick, script, some_pictures
 
@@ -69,10 +70,10 @@ def test_samples_of_a_checkpoint_are_the_papers_and_those_of_the_seed(lesson, sh
     saved = torch.load(tmp_path / "s.pt", weights_only=True)
     assert saved.shape == (5, 1, 28, 28) and torch.equal(saved.clamp(0, 1), given) and saved.min() < 0
     sample = script(lesson.name, "sample")
-    network, config, _ = common.evaluate.load_network(sample, short, torch.device("cpu"))
+    network, config, _ = common.evaluate.load_network(sample, short, choose_device())
     noise = SeededNoise(range(8, 10))
     *_, expected = sample.draw(network, config, (2, 1, 28, 28), noise, sampler, calls)
-    torch.testing.assert_close(saved[1:3], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(saved[1:3], expected.cpu(), rtol=1e-3, atol=1e-3)
 
 
 def test_calls_and_sampler(lesson, short, evaluate):
@@ -134,7 +135,7 @@ def test_files_that_are_no_checkpoint(evaluate, tmp_path):
 
 def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
     """By a clock that goes on by a second each time it is read: four steps of 16 images take one, and so does the first
-    frame of 64 pictures.
+    frame of 64 pictures; after a second there are no more.
     """
     module, seconds, steps = script(lesson.name), itertools.count(), []
 
