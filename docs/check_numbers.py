@@ -1,4 +1,4 @@
-"""Is every number in a README's table one that was measured? `python docs/check_numbers.py` looks each of them up.
+"""Is every number in a page's table one that was measured? `python docs/check_numbers.py` looks each of them up.
 
 A comment above a table says in which rows of which CSV file its numbers are, by the addresses of these rows:
 
@@ -157,8 +157,8 @@ def check(page: Path, root: Path) -> tuple[int, int, list[str]]:
 
 
 def pages(root: Path) -> list[Path]:
-    """The READMEs: that of the top folder, and those of the lessons."""
-    return [root / "README.md", *sorted(root.glob("lesson_*/README.md"))]
+    """The READMEs, that of the top folder and those of the lessons, and docs/running.md."""
+    return [root / "README.md", *sorted(root.glob("lesson_*/README.md")), root / "docs" / "running.md"]
 
 
 def main() -> None:

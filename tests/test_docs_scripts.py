@@ -16,6 +16,7 @@ import compare
 import figures
 import figures_ddpm
 import figures_sde
+import gpu
 import measure
 import techniques
 
@@ -167,6 +168,30 @@ def test_the_comparison_runs_and_goes_on(tmp_path):
     assert text.count("calls,") == 3 and text.count("backbone,") == 3
     assert run_script(*flags).returncode == 0 and (tmp_path / "compare.csv").read_text() == text
     assert "choose one of lesson_03_ncsn" in run_script(*flags[:3], "--lessons", "lesson_06").stderr
+
+
+def test_what_a_gpu_does_is_measured(tmp_path):
+    """Here by the CPU, and a tiny network."""
+    file = tmp_path / "gpu.csv"
+    flags = "gpu.py", "speed", "paper", "--smoke", "--lessons", "lesson_05_ddpm", "--csv", file, "--output", tmp_path
+    first = run_script(*flags)
+    assert first.returncode == 0, first.stderr
+    found = [line[0:4] for line in csv.reader(file.read_text().splitlines()[1:])]
+    assert found[:2] == [["speed", "lesson_05_ddpm, smoke", "0", y] for y in ("training", "sampling")]
+    assert [line[3] for line in found[2:]] == ["minutes", "images", "fid", "precision", "recall", "bits"]
+    assert (tmp_path / "lesson_05_ddpm_paper" / "drawn.png").is_file()
+
+
+def test_a_training_that_has_had_its_minutes_is_stopped_as_by_ctrl_c(tmp_path, monkeypatch):
+    script = tmp_path / "lesson" / "train_mnist.py"
+    script.parent.mkdir()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    script.write_text("import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise SystemExit(130)\n")
+    assert gpu.timed_training("lesson", tmp_path, [], minutes=2 / 60) < 30
+    script.write_text("raise SystemExit('no such thing')\n")
+    with pytest.raises(LessonError, match=r"train_mnist.py failed: see .*printed\.txt"):
+        gpu.timed_training("lesson", tmp_path, [])
+    assert "no such thing" in (tmp_path / "printed.txt").read_text()
 
 
 @pytest.mark.parametrize("weights", [{"sigmas": torch.tensor([10.0, 1.0, 0.1])}, {"sigma_max": 10.0}])
