@@ -85,20 +85,22 @@ def save_table(
     """
     from matplotlib.figure import Figure
 
-    pixels = _pixels(images)
-    R, K = len(rows), len(columns)
-    figure = Figure(figsize=(0.8 * K + 1.2, 0.8 * R + 0.25 * R * bool(captions) + 0.4), layout="constrained")
-    for n, panel in enumerate(figure.subplots(R, K, squeeze=False).flat):
-        panel.imshow(pixels[n].expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
-        panel.set(xticks=[], yticks=[])
-        if captions:
-            panel.set_title(captions[n], fontsize=8, pad=2)
-        elif n < K:
-            panel.set_title(columns[n], fontsize=9)
-        if n % K == 0:
-            panel.set_ylabel(rows[n // K], rotation=0, ha="right", va="center", fontsize=9)
+    pixels, R, K = _pixels(images), len(rows), len(columns)
+    above = pixels.shape[2] // 3 if captions else 1
+    pixels = F.pad(pixels.expand(-1, 3, -1, -1), (1, 1, above, 1), value=255)
+    H, W = pixels.shape[2:]
+    figure = Figure(figsize=(0.8 * K, 0.8 * R * H / W))
+    panel = figure.add_axes((0, 0, 1, 1))
+    panel.imshow(rearrange(pixels, "(r k) c h w -> (r h) (k w) c", k=K).numpy(), interpolation="nearest")
+    panel.xaxis.tick_top()
+    panel.set_xticks(W * (torch.arange(K) + 0.5), columns, fontsize=9)
+    panel.set_yticks(H * torch.arange(R) + (H + above) / 2, rows, fontsize=9)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    for n, caption in enumerate(captions):
+        panel.text(W * (n % K + 0.5), H * (n // K) + above - 1, caption, fontsize=8, ha="center", va="bottom")
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")  # with the names, which are outside
 
 
 def save_loss_plot(rows: Sequence[Sequence[float]], bands: Sequence[str], path: str | Path, reference: float) -> None:
