@@ -33,9 +33,9 @@ class RunConfig:
     batch_size: int = 64  # ours: more, noisier steps in the same time; the papers have 128
     optimizer: Literal["adam", "muon"] = "muon"  # ours: learns more from as many images; the papers have adam
     learning_rate: float = 3e-3  # ours: for Muon, with warm-up and decay
-    warmup: Annotated[int, 0, 10**9] = 100  # ours: steps over which the learning rate rises from 0; the papers have 0
+    warmup: Annotated[int, 0, 10**9] = 100  # ours: steps in which the learning rate rises from 0; papers: 0 or 5000
     decay: Literal["cosine", "constant"] = "cosine"  # ours: the learning rate falls to 0 at the end; papers: constant
-    clip: float = 0.1  # ours: longer gradients of the loss per pixel are shortened; the papers do not (inf)
+    clip: float = 0.1  # ours: longer gradients of the loss per pixel are shortened; --paper has what each paper does
     preview_every: int = 500  # ours: steps between pictures of what the network has learned
     seed: Annotated[int, 0, 2**63 - 1] = 0  # ours: the same seed gives the same run on the same machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # ours: CUDA, then MPS, then the CPU

@@ -107,7 +107,8 @@ def save_loss_plot(rows: Sequence[Sequence[float]], bands: Sequence[str], path: 
     """Writes a PNG of two panels: the training loss over the steps, and the loss in each band of noise levels.
 
     rows: (step, loss, loss of each band), NaN where a step had no sample of a band; bands: their names.
-    reference: the loss of a network that returns zero, is a dashed line. Raises LessonError if path cannot be written.
+    reference: the loss of a network that returns zero, is a dashed line; NaN is none. LessonError if path cannot be
+    written.
     """
     from matplotlib.figure import Figure  # not pyplot, which keeps global state; here, because importing it is slow
     from matplotlib.ticker import LogFormatter
@@ -120,7 +121,8 @@ def save_loss_plot(rows: Sequence[Sequence[float]], bands: Sequence[str], path: 
     for k, (name, column) in enumerate(zip(bands, columns, strict=True)):
         color = (0.9 - 0.8 * k / len(bands), 0.3, 0.1 + 0.8 * k / len(bands))  # from red to blue
         right.plot(*_running_mean(steps, column), color=color, label=name)
-    right.axhline(reference, color="black", linestyle="--", label="network that returns zero")
+    if math.isfinite(reference):
+        right.axhline(reference, color="black", linestyle="--", label="network that returns zero")
     for panel, title in ((left, "training loss"), (right, "loss by noise level (running means)")):
         panel.set(title=title, xlabel="step", ylabel="loss", yscale="log")
         panel.yaxis.set_major_formatter("{x:g}")  # 200, not 2 x 10^2

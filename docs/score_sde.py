@@ -82,7 +82,7 @@ def sample(seven: SimpleNamespace, table: Table, sampler: str, calls: int, exces
     lesson, config = seven.lesson, SimpleNamespace(**{**vars(seven.config), **changes})
     noise = table.noise()
     x = noise.like(torch.empty(table.n, 1, 28, 28)).to(choose_device())
-    sigmas, ms = lesson.steps_ladder(seven.network, config, sampler, calls)
+    sigmas, ms = lesson.schedule_for_calls(seven.network, config, sampler, calls)
     *_, x = lesson.follow(sampler, seven.network, excess * sigmas[0] * x, sigmas, ms, config, noise)
     return x.cpu(), denoise(seven.network, x, sigmas[-1]).cpu()
 
@@ -234,7 +234,7 @@ def inpainting(table: Table, seven: SimpleNamespace) -> None:
         for with_corrector in (False, True):
             setting = f"{part}, {'with' if with_corrector else 'without'} corrector"
             for K in table.missing(setting, [few(seven, 97)]):
-                sigmas, _ = seven.lesson.ladder(seven.network, seven.config, 1 + (K - 1) // (1 + with_corrector))
+                sigmas, _ = seven.lesson.schedule(seven.network, seven.config, 1 + (K - 1) // (1 + with_corrector))
                 noise = table.noise()
                 how = seven.config.predictor, int(with_corrector), seven.config.r, noise
                 *_, x = inpaint(seven.network, y, known, sigmas[0] * noise.like(y), sigmas, *how)

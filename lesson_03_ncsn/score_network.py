@@ -122,13 +122,13 @@ class ScoreNetwork(nn.Module):
 
     Lesson 3 gives i to each layer (NCSN, App. A); lesson 4 to none, and divides the output by sigma_i (Technique 3).
     Images have `channels` channels, and an even height and width from 16 to 64. The other arguments trade quality for
-    time; their defaults are the paper's network for MNIST.
+    time; their defaults are NCSN's network for MNIST.
     width: feature channels at full size; after the only downsampling there are twice as many.
     patch: 2 runs on blocks of 2x2 pixels, each with its numbers stacked as channels; a quarter of the work. 1 or 2.
     blocks: residual blocks in each stage, and residual units that adapt each input of a refine block.
     activation: a name in common.layers.ACTIVATIONS.
-    skip: the layers see c x, with c = 1 / sqrt(0.2 + mean x^2), and c (h - x) takes the place of their output h. Under
-    strong noise c is about 1 / sigma, and the right h is the clean image; under weak noise c is about 2.
+    skip: the layers see c x, with c = 1 / sqrt(0.2 + mean square), and c (h - x) takes the place of their output h. For
+    strong noise c is about 1 / sigma, and the right h is the clean image; for weak noise c is about 2.
     """
 
     def __init__(self, sigmas, channels=1, width=64, patch=1, blocks=2, activation="elu", skip=False):

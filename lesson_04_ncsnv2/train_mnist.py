@@ -40,9 +40,9 @@ class Config(RunConfig):
     learning_rate: float = 3e-3  # ours: for Muon, with warm-up and decay; paper, App. B.2: 1e-4
     focus: Annotated[float, 0, 10**6] = 0.7  # ours: noise scales near it come more often; paper: none do (0)
     width: Annotated[int, 2, 4096] = 32  # ours: channels at full size; the paper has 128 on CIFAR-10
-    blocks: int = 1  # ours: residual blocks in each stage, and units that adapt each input; the paper has 2
+    blocks: int = 1  # ours: residual blocks in each stage, and units that adapt each input; NCSN has 2
     patch: Literal[1, 2] = 2  # ours: runs on blocks of 2x2 pixels, four times cheaper; the paper's network has 1
-    activation: Literal["elu", "relu", "silu"] = "silu"  # ours: half the time of the paper's elu; relu's units die
+    activation: Literal["elu", "relu", "silu"] = "silu"  # ours: half the time of NCSN's elu; relu's units die
     skip: bool = True  # ours: at strong noise the layers predict the clean image; the paper has no such skip
     sigma_L: Annotated[float, 1e-6, 1] = 0.01  # paper, Sec. 3.1: the smallest noise scale, which the eye does not see
     overlap: Annotated[float, 0.01, 0.98] = 0.5  # paper, Technique 2: how much neighbouring noise scales share

@@ -53,7 +53,7 @@ def terms(
         beta, abar, before = betas[n], abars[n + 1], abars[n]
         x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * noise_like(x_0, generator)
         eps = network(x_t, torch.full((len(x_0),), n, device=x_0.device))
-        guess = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()  # x_0-hat, Eq. 15
+        guess = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()  # x_0-hat, DDPM's Eq. 15
         guess = guess.clamp(-1, 1) if clip else guess
         square = (x_0 - guess).square()  # (B, C, H, W)
         if n == 0:  # q(x_0 | x_1, x_0) is a point, and the mean of p is x_0-hat

@@ -20,10 +20,10 @@ GROUPS = 32  # of channels that GroupNorm standardises together, where there are
 
 def timestep_embedding(t: Tensor, dimension: int) -> Tensor:
     """The Transformer's embedding of t (B,): sines, then cosines, of t times 10000^(-k/(half - 1)); (B, dimension)."""
-    half = dimension // 2
+    half = (dimension + 1) // 2  # of an odd dimension, the last cosine is left out
     frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
     angles = t[:, None] * frequencies  # (B, half)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dimension]
 
 
 def conv3x3(c_in, c_out, stride=1):
@@ -33,7 +33,7 @@ def conv3x3(c_in, c_out, stride=1):
 
 def norm(channels):
     """GroupNorm, in fewer groups where the channels are few."""
-    return GroupNorm(math.gcd(GROUPS, channels // 4 or 1), channels)
+    return GroupNorm(math.gcd(GROUPS, channels // 4 or 1, channels), channels)
 
 
 def zero(layer):
@@ -92,8 +92,9 @@ class NoiseNetwork(nn.Module):
     """Predicts the noise eps in x_t, for every t at once.
 
     Images have `channels` channels. The other arguments trade quality for time; their defaults are DDPM's network for
-    CIFAR-10 (App. B). width: feature channels at full size; twice as many at each lower resolution. levels: how many
-    resolutions, each half of the one before. blocks: residual blocks at each on the way down, one more on the way up.
+    CIFAR-10 (App. B, authors' code) without dropout. width: feature channels at full size; twice as many at each lower
+    resolution. levels: how many resolutions, each half of the one before. blocks: residual blocks at each on the way
+    down, one more on the way up.
     patch: 2 runs on blocks of 2x2 pixels, each with its numbers stacked as channels; a quarter of the work. 1 or 2.
     dropout: share of numbers that each residual block sets to zero in training.
     """

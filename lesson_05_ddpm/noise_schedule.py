@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def linear_betas(T: int, beta_1: float = 1e-4, beta_T: float = 0.02) -> Tensor:
-    """The paper's schedule (Sec. 4): T values from beta_1 to beta_T, both included, evenly spaced; (T,) float64.
+    """DDPM's schedule (Sec. 4): T values from beta_1 to beta_T, both included, evenly spaced; (T,) float64.
 
     Raises ValueError for T < 1, and where a beta does not lie between 0 and 1.
     """

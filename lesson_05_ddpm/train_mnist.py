@@ -32,10 +32,10 @@ class Config(RunConfig):
     """The paper's numbers; those of RunConfig say how to run. `python train_mnist.py --help` lists all as flags."""
 
     steps: int = 4400  # ours: ten minutes on two CPU cores with bf16; the paper trains 800 000 (--paper)
-    batch_size: int = 128  # paper, App. B: images in a step
+    batch_size: int = 128  # paper: images in a step
     learning_rate: float = 3e-3  # ours: for Muon, with warm-up and decay; paper, App. B: 2e-4
     clip: float = 1.0  # authors' code: longer gradients are shortened; not in the paper
-    width: Annotated[int, 8, 4096] = 32  # ours: channels at full size; paper, App. B: 128 on CIFAR-10
+    width: Annotated[int, 8, 4096] = 32  # ours: channels at full size; --paper: 128
     levels: Annotated[int, 2, 6] = 2  # ours: resolutions, here 14 and 7; paper: 4 on CIFAR-10, 32 to 4
     blocks: int = 1  # ours: residual blocks at each resolution on the way down, one more on the way up; paper: 2
     patch: Literal[1, 2] = 2  # ours: runs on blocks of 2x2 pixels, four times cheaper; the paper's network has 1
@@ -69,7 +69,7 @@ def draw_timesteps(batch_size: int, T: int, generator: torch.Generator) -> torch
 
 @torch.no_grad()
 def update_ema(ema: torch.nn.Module, network: torch.nn.Module, step: int, decay: float) -> None:
-    """App. B: ema <- d ema + (1 - d) network; d starts small, so that the first weights are soon forgotten."""
+    """DDPM, App. B: ema <- d ema + (1 - d) network; ours: d starts small, to forget the first weights soon."""
     d = min(decay, (1 + step) / (10 + step))
     for average, weights in zip(ema.parameters(), network.parameters(), strict=True):
         average.lerp_(weights, 1 - d)

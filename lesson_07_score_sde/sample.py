@@ -53,7 +53,7 @@ def number_of_calls(network, config, sampler: str, quick: bool = True) -> int:
     return calls_per_step(config, sampler) * (N - 1) + 1
 
 
-def ladder(network, config, N: int) -> tuple[Tensor, Tensor]:
+def schedule(network, config, N: int) -> tuple[Tensor, Tensor]:
     """N noise scales from sigma_max to sigma_L, and the factor m of the SDE at each: (N,). Their times t are even."""
     sigma_max = float(network.sigma_max)
     sde = {"ve": lambda: VE(config.sigma_L, sigma_max), "vp": VP, "sub_vp": SubVP}[config.sde]()
@@ -62,12 +62,12 @@ def ladder(network, config, N: int) -> tuple[Tensor, Tensor]:
     return tuple(numbers.float().to(network.sigma_max.device) for numbers in (sde.noise_scale(t), sde.mean_factor(t)))
 
 
-def steps_ladder(network, config, sampler: str, calls: int) -> tuple[Tensor, Tensor]:
-    """The `ladder` that takes at most so many network calls. LessonError if there is none."""
+def schedule_for_calls(network, config, sampler: str, calls: int) -> tuple[Tensor, Tensor]:
+    """The `schedule` that takes at most so many network calls. LessonError if there is none."""
     each = calls_per_step(config, sampler)
     if calls < each + 1:
         raise LessonError(f"--calls {calls}: {sampler} needs at least {each + 1}, one step and one call to denoise")
-    return ladder(network, config, 1 + (calls - 1) // each)
+    return schedule(network, config, 1 + (calls - 1) // each)
 
 
 def guided(network, config, shape: tuple):
@@ -83,15 +83,15 @@ def guided(network, config, shape: tuple):
     return guided_score(network, classifier, digit, 1.0 if guidance is None else guidance)
 
 
-def walk(config, generator: Noise) -> tuple:
-    """What `predictor_corrector` and `inpaint` are told: predictor, corrector steps, r, and where noise is from."""
+def predictor_corrector_options(config, generator: Noise) -> tuple:
+    """The last arguments of `predictor_corrector` and `inpaint`: predictor, corrector steps, r, generator."""
     return config.predictor, int(config.corrector), config.r, generator
 
 
 def follow(sampler: str, score, x: Tensor, sigmas: Tensor, ms: Tensor, config, generator: Noise) -> Iterator[Tensor]:
     """Images with noise of sigmas[1:], from x (B, C, H, W) with noise of sigmas[0]; ms are the mean factors m."""
     if sampler == "predictor_corrector":
-        scaled = predictor_corrector(score, ms[0] * x, sigmas, *walk(config, generator), ms)
+        scaled = predictor_corrector(score, ms[0] * x, sigmas, *predictor_corrector_options(config, generator), ms)
         return (x / m for x, m in zip(scaled, ms[1:]))
     if sampler == "consistent":
         return consistent_sampling(score, x, sigmas, None, generator)
@@ -101,7 +101,7 @@ def follow(sampler: str, score, x: Tensor, sigmas: Tensor, ms: Tensor, config, g
 @torch.no_grad()
 def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: int) -> Iterator[Tensor]:
     """Yields images of `shape` (N, C, H, W) after each noise scale and, last, denoised, with so many network calls."""
-    sigmas, ms = steps_ladder(network, config, sampler, calls)
+    sigmas, ms = schedule_for_calls(network, config, sampler, calls)
     score = guided(network, config, shape)
     start = sigmas[0] * noise_like(torch.empty(shape, device=sigmas.device), generator)
     for x in follow(sampler, score, start, sigmas, ms, config, generator):
@@ -112,10 +112,10 @@ def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: i
 @torch.no_grad()
 def fill_in(network, config, y: Tensor, known: Tensor, generator: Noise, calls: int) -> Tensor:
     """Images y (N, C, H, W) with other pixels where known (1, 1, H, W) is 0."""
-    sigmas, _ = steps_ladder(network, config, FILLS_IN, calls)
+    sigmas, _ = schedule_for_calls(network, config, FILLS_IN, calls)
     start = sigmas[0] * noise_like(y, generator)
     score = guided(network, config, y.shape)
-    *_, x = inpaint(score, y, known, start, sigmas, *walk(config, generator))
+    *_, x = inpaint(score, y, known, start, sigmas, *predictor_corrector_options(config, generator))  # by VE
     return denoise(score, x, sigmas[-1]) * (1 - known) + y * known
 
 

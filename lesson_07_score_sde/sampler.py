@@ -58,7 +58,8 @@ def predict(predictor: str, score: Score, x: Tensor, sigmas: Tensor, ms: Tensor,
 
     Forwards, one step is x <- a x + b z, with a = m_0 / m_1, and b^2 the variance that then is missing.
     reverse_diffusion: the same step backwards (App. E). ancestral: the mean of x one step earlier, with the
-    noise that is right for one point (App. F; DDPM's). euler_maruyama: the plain step of the reverse SDE (Eq. 6).
+    noise that is right for one point (App. F; for VP, DDPM's small variance, where Eq. 4 has beta_i). euler_maruyama: a
+    plain step of the reverse SDE (Eq. 6), in ln m and ln sigma.
     """
     (sigma, sigma_next), (m, m_next) = sigmas, ms
     s, z = score_at(score, x, sigma, m), noise_like(x, generator)
@@ -74,7 +75,7 @@ def predict(predictor: str, score: Score, x: Tensor, sigmas: Tensor, ms: Tensor,
 
 
 def correct(score: Score, x: Tensor, sigma: Tensor, m: Tensor, r: float, generator: Noise = None) -> Tensor:
-    """One step of Langevin dynamics at noise scale sigma (Algorithms 4 and 5).
+    """One step of Langevin dynamics at noise scale sigma (Algorithms 4 and 5, without the latter's factor alpha_i).
 
     Its length epsilon makes the fresh noise 1 / r times as long as the step along the score. Each image has its own
     (the authors' code takes means over the batch), so that image k does not depend on the others. r > 0.

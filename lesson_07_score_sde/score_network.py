@@ -134,15 +134,15 @@ class RefineBlock(nn.Module):
 class ScoreNetwork(nn.Module):
     """Estimates the score of the data under Gaussian noise of scale sigma, for every sigma up to sigma_max at once.
 
-    Lesson 7 tells the layers log sigma (App. H); if not conditional, this is lesson 4's network, and its weights fit.
+    Its layers are conditioned on log sigma (App. H). If not conditional, it is lesson 4's network, whose weights fit.
     Images have `channels` channels, and an even height and width from 16 to 64. The other arguments trade quality for
-    time; their defaults are the paper's network for MNIST.
+    time; their defaults are NCSN's network for MNIST.
     width: feature channels at full size; after the only downsampling there are twice as many.
     patch: 2 runs on blocks of 2x2 pixels, each with its numbers stacked as channels; a quarter of the work. 1 or 2.
     blocks: residual blocks in each stage, and residual units that adapt each input of a refine block.
     activation: a name in common.layers.ACTIVATIONS.
-    skip: the layers see c x, with c = 1 / sqrt(0.2 + mean x^2), and c (h - x) takes the place of their output h. Under
-    strong noise c is about 1 / sigma, and the right h is the clean image; under weak noise c is about 2.
+    skip: the layers see c x, with c = 1 / sqrt(0.2 + mean square), and c (h - x) takes the place of their output h. For
+    strong noise c is about 1 / sigma, and the right h is the clean image; for weak noise c is about 2.
     """
 
     def __init__(

@@ -42,9 +42,9 @@ class Config(RunConfig):
     learning_rate: float = 3e-3  # ours: for Muon, with warm-up and decay; authors' code: 2e-4
     focus: Annotated[float, 0, 10**6] = 0.7  # ours: noise scales near it come more often; paper: none do (0)
     width: Annotated[int, 2, 4096] = 32  # ours: channels at full size; the paper has 128 on CIFAR-10
-    blocks: int = 1  # ours: residual blocks in each stage, and units that adapt each input; the paper has 2
+    blocks: int = 1  # ours: residual blocks in each stage, and units that adapt each input; NCSN has 2
     patch: Literal[1, 2] = 2  # ours: runs on blocks of 2x2 pixels, four times cheaper; the paper's network has 1
-    activation: Literal["elu", "relu", "silu"] = "silu"  # ours: half the time of the paper's elu; relu's units die
+    activation: Literal["elu", "relu", "silu"] = "silu"  # ours: half the time of NCSN's elu; relu's units die
     skip: bool = True  # ours: at strong noise the layers predict the clean image; the paper has no such skip
     conditional: bool = True  # paper, App. H: the network is conditioned on log sigma; lesson 4's is not
     sigma_min: Annotated[float, 1e-6, 0.5] = 0.001  # ours: the smallest noise scale of the training; the paper has 0.01
@@ -83,13 +83,13 @@ def draw_noise_scales(
 
     The density over ln sigma is 0.15 + exp(-0.3 ln^2(sigma / focus)), or constant if focus is 0: then t is uniform.
     """
-    sigmas = torch.linspace(math.log(sigma_max), math.log(sigma_min), 1001, device=generator.device).exp()  # (L,)
+    sigmas = torch.linspace(math.log(sigma_max), math.log(sigma_min), 1001, device=generator.device).exp()  # L = 1001
     density = 0.15 + torch.exp(-0.3 * (sigmas / focus).log().square()) if focus else torch.ones_like(sigmas)  # (L,)
-    share = torch.nn.functional.pad(torch.cumulative_trapezoid(density), (1, 0))  # (L,), from sigma_max on
+    cdf = torch.nn.functional.pad(torch.cumulative_trapezoid(density), (1, 0))  # (L,), not yet over its last
     u = torch.rand(1, generator=generator, device=sigmas.device)
     u = (torch.arange(batch_size, device=sigmas.device) + u) / batch_size  # (B,), one in each B-th part of [0, 1]
-    k = torch.searchsorted(share, u * share[-1]).clamp(1, 1000)
-    return sigmas[k - 1] * (sigmas[k] / sigmas[k - 1]) ** ((u * share[-1] - share[k - 1]) / (share[k] - share[k - 1]))
+    k = torch.searchsorted(cdf, u * cdf[-1]).clamp(1, 1000)
+    return sigmas[k - 1] * (sigmas[k] / sigmas[k - 1]) ** ((u * cdf[-1] - cdf[k - 1]) / (cdf[k] - cdf[k - 1]))
 
 
 @torch.no_grad()

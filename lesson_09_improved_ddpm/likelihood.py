@@ -5,6 +5,7 @@ happened, q(x_{t-1} | x_t, x_0), differs from what the receiver expected, p(x_{t
 normal distributions. The sum is at least -log2 p(x_0); over the number of pixels, it is in bits/dim.
 
 Changes from lesson 5: the variance is the learned one; the chain may have some of the timesteps only.
+Equations before 15 are DDPM's.
 """
 
 import math
@@ -62,7 +63,7 @@ def terms(
         beta, abar, before = betas[n], abars[n + 1], abars[n]
         x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * noise_like(x_0, generator)
         eps, v = network(x_t, timesteps[n].to(x_0.device).expand(len(x_0)))
-        guess = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()  # x_0-hat, Eq. 15
+        guess = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()  # x_0-hat, DDPM's Eq. 15
         guess = guess.clamp(-1, 1) if clip else guess
         v = {"small": torch.zeros_like(v), "large": torch.full_like(v, n > 0), "learned": v}[variance]
         sigma2 = (v * beta.log() + (1 - v) * beta_tilde[max(n, 1)].log()).exp()  # Eq. 15

@@ -1,6 +1,7 @@
 """The losses: predict the noise in a noisy image and, new, the variance of the step back.
 
 Changes from lesson 5: the network returns v as well, and v is learned from the variational bound.
+Equations before 15 are DDPM's.
 """
 
 import math

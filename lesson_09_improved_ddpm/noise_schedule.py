@@ -5,7 +5,7 @@ x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) z, and the way back from x_t to x_{t-1
 
 Tables have T entries, float64; entry 0 is the paper's t = 1.
 
-Changes from lesson 5: the cosine schedule, and schedules on some of the timesteps.
+Changes from lesson 5: the cosine schedule, and schedules on some of the timesteps. Equations before 15 are DDPM's.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def linear_betas(T: int, beta_1: float = 1e-4, beta_T: float = 0.02) -> Tensor:
-    """The paper's schedule (Sec. 4): T values from beta_1 to beta_T, both included, evenly spaced; (T,) float64.
+    """DDPM's schedule (Sec. 4): T values from beta_1 to beta_T, both included, evenly spaced; (T,) float64.
 
     Raises ValueError for T < 1, and where a beta does not lie between 0 and 1.
     """

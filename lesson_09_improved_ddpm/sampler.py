@@ -1,6 +1,7 @@
 """Ancestral sampling: run the forward process backwards, one step for each t, or for some of them.
 
 Changes from lesson 5: the fresh noise has the learned variance; a chain may have some of the timesteps only.
+Equations before 15 are DDPM's.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ Network = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x_t, t) -> eps a
 
 
 def clean_image(x_t: Tensor, abar: Tensor, eps: Tensor, clip: bool) -> Tensor:
-    """x_0-hat, the mean of the clean image given x_t (B, C, H, W) and the noise in it: Eq. 15. abar is alpha bar at t.
+    """x_0-hat, the mean of the clean image given x_t (B, C, H, W) and its noise: DDPM's Eq. 15. abar is alpha bar at t.
 
-    clip: cut to [-1, 1], where images are. An error of eps counts sqrt(1 - abar) / sqrt(abar) times: 157 at t = T.
+    clip: cut to [-1, 1], where images are. An error of eps counts sqrt(1 - abar) / sqrt(abar) times: with linear betas,
+    157 at t = T.
     """
     x_0 = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
     return x_0.clamp(-1, 1) if clip else x_0

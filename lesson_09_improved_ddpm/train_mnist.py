@@ -35,10 +35,10 @@ class Config(RunConfig):
     """The paper's numbers; those of RunConfig say how to run. `python train_mnist.py --help` lists all as flags."""
 
     steps: int = 4400  # ours: ten minutes on two CPU cores with bf16; the paper trains 500 000 (--paper)
-    batch_size: int = 128  # paper, App. A: images in a step
+    batch_size: int = 128  # paper: images in a step
     learning_rate: float = 3e-3  # ours: for Muon, with warm-up and decay; paper, App. A: 1e-4
     clip: float = 1.0  # ours: longer gradients are shortened, as in lesson 5; the paper's are not
-    width: Annotated[int, 8, 4096] = 32  # ours: channels at full size; paper, App. A: 128
+    width: Annotated[int, 8, 4096] = 32  # ours: channels at full size; --paper: 128
     levels: Annotated[int, 2, 6] = 2  # ours: resolutions, here 14 and 7; paper: 4 on CIFAR-10, 32 to 4
     blocks: int = 1  # ours: as in lesson 5; paper, App. A: 3 residual blocks at each resolution on the way down
     patch: Literal[1, 2] = 2  # ours: runs on blocks of 2x2 pixels, four times cheaper; the paper's network has 1
@@ -68,7 +68,7 @@ PRESETS = {
 
 @torch.no_grad()
 def update_ema(ema: torch.nn.Module, network: torch.nn.Module, step: int, decay: float) -> None:
-    """App. B: ema <- d ema + (1 - d) network; d starts small, so that the first weights are soon forgotten."""
+    """DDPM, App. B: ema <- d ema + (1 - d) network; ours: d starts small, to forget the first weights soon."""
     d = min(decay, (1 + step) / (10 + step))
     for average, weights in zip(ema.parameters(), network.parameters(), strict=True):
         average.lerp_(weights, 1 - d)
@@ -85,7 +85,7 @@ def train(config: Config, run: Run) -> None:
     optimizer = Optimizer(network, config.optimizer)
     calls = [number_of_calls(network, config, SAMPLERS[0]), number_of_calls(network, config, SAMPLERS[-1], quick=False)]
     parts = {"network": network, "ema": ema, "optimizer": optimizer, "timesteps": timesteps}
-    run.begin(noise_levels(network, config), calls, zero_loss=1.0, **parts)
+    run.begin(noise_levels(network, config), calls, zero_loss=math.nan if config.objective == "vlb" else 1.0, **parts)
 
     for _ in run.steps():  # Algorithm 1
         x_0 = run.batch() / 127.5 - 1  # (B, C, H, W), in [-1, 1]
@@ -106,7 +106,7 @@ def train(config: Config, run: Run) -> None:
         optimizer.step(run.learning_rate)
         update_ema(ema, network, run.step, config.ema_decay)
 
-        run.record(loss, 1 - (t + 0.5) / config.T)
+        run.record(weight * loss, 1 - (t + 0.5) / config.T)
         if run.preview_due:
             run.show(draw(run.to_sample(ema), config, *run.pictures, SAMPLERS[0], calls[0]))
 

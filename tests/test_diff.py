@@ -27,9 +27,9 @@ FOUR, SEVEN = NEW, ROOT / "lesson_07_score_sde"
 CHANGED_LINES_OF_9 = {
     "noise_schedule.py": 4,
     "noise_network.py": 29,
-    "loss.py": 9,
-    "sampler.py": 24,
-    "likelihood.py": 28,
+    "loss.py": 10,
+    "sampler.py": 25,
+    "likelihood.py": 29,
     "sample.py": 15,
     "train_mnist.py": 40,
 }

@@ -151,6 +151,8 @@ def test_loss_plot_draws_means_bands_and_the_reference(tmp_path, monkeypatch):
     assert [line.get_label() for line in right.lines] == ["a", "b", "network that returns zero"]
     assert list(reference.get_ydata()) == [50, 50]
     assert reference.get_linestyle() == "--"
+    save_loss_plot(rows, ["a", "b"], tmp_path / "x.png", reference=float("nan"))  # of a loss that has none
+    assert len(figures[1].axes[1].lines) == 2
     assert left.get_yscale() == right.get_yscale() == "log"
 
 

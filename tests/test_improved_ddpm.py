@@ -437,6 +437,36 @@ def test_a_step_is_that_of_the_objective_and_the_weights(objective, tmp_path):
         torch.testing.assert_close(mine, g, rtol=1e-3, atol=1e-5 * norm)
 
 
+@pytest.mark.parametrize("objective, line", [("simple", 1.0), ("hybrid", 1.0), ("vlb", math.nan)])
+def test_the_log_has_the_loss_that_is_minimised_and_where_a_zero_network_would_be(objective, line, tmp_path):
+    """Importance sampling draws large terms more often: without their weights the mean would jump as it begins."""
+
+    class Sixteenth(LossAwareTimesteps):
+        def draw(self, B, generator=None):
+            t, weight = super().draw(B, generator)
+            return t, weight / 16
+
+    plotted, losses = [], []
+    for chooser in (LossAwareTimesteps, Sixteenth):
+        flags = (
+            "--objective",
+            objective,
+            "--timesteps",
+            "importance",
+            "--steps",
+            1,
+            "--output",
+            tmp_path,
+            "--overwrite",
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("common.run.TrainingLog.write", lambda log, folder, reference: plotted.append(reference))
+            assert quick(NINE, *flags, LossAwareTimesteps=chooser).status == 0
+        losses.append(read_checkpoint(tmp_path)["log"]["recent"][0][1][:, 0])
+    torch.testing.assert_close(16 * losses[1], losses[0])
+    assert plotted[0] == line or math.isnan(plotted[0]) and math.isnan(line)
+
+
 def test_a_resume_goes_on_with_the_history_of_importance_sampling(tmp_path):
     """With four timesteps and batches of 16, it is uniform no longer when the run stops."""
     flags = ("--objective", "vlb", "--timesteps", "importance")

@@ -51,6 +51,13 @@ def test_every_size_of_pictures_and_number_of_channels(size, channels):
         assert network(x, torch.tensor([1, 2])).shape == x.shape
 
 
+@pytest.mark.parametrize("width", [8, 9, 18, 22, 33])
+def test_every_width(width):
+    for levels, patch in ((2, 2), (3, 1)):
+        network = NoiseNetwork(width=width, levels=levels, blocks=1, patch=patch)
+        assert network(torch.randn(2, 1, 16, 16), torch.tensor([0, 999])).shape == (2, 1, 16, 16)
+
+
 def test_it_starts_with_a_prediction_of_zero_and_every_parameter_has_a_gradient_when_awake():
     x, t = torch.randn(3, 1, 28, 28), torch.tensor([0, 500, 999])
     network = NoiseNetwork(**SMALL)
