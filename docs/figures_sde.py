@@ -84,13 +84,14 @@ SHOWN = {
     "Heun": (BLUE, "o-"),
     "Euler": (GREEN, "s-"),
     "consistent": (PINK, "^-"),
+    "consistent, eta of lesson 4": (PINK, "^:"),
     "reverse diffusion": (ORANGE, "D:"),
     "reverse diffusion, corrector": (ORANGE, "D-"),
 }
 
 
 def calls(path: Path, source: Path = MEASURED) -> None:
-    """Digit FID over network calls, for five samplers of one network."""
+    """Digit FID over network calls, for six samplers of one network."""
     points, n = read_experiment(source, "calls", "fid")
     figure, (panel,) = panels(1)
     for name, (color, style) in SHOWN.items():

@@ -74,16 +74,22 @@ def few(seven: SimpleNamespace, number: int) -> int:
     return min(number, 3) if seven.smoke else number
 
 
-def sample(seven: SimpleNamespace, table: Table, sampler: str, calls: int, excess: float = 1.0, **changes) -> tuple:
+def sample(seven: SimpleNamespace, table: Table, sampler: str, calls: int, excess=1.0, way=None, **changes) -> tuple:
     """n images before and after the last denoising step, by a sampler of sample.py, with changes of the configuration.
 
-    excess: how much noise there is at the start, over that of sigma_max.
+    excess: how much noise there is at the start, over that of sigma_max. way: how far the eta of consistent sampling is
+    from DDPM's, 0, to 1; lesson 4's is 0.5, and None that of lesson 7's sample.py.
     """
     lesson, config = seven.lesson, SimpleNamespace(**{**vars(seven.config), **changes})
     noise = table.noise()
     x = noise.like(torch.empty(table.n, 1, 28, 28)).to(choose_device())
     sigmas, ms = lesson.schedule_for_calls(seven.network, config, sampler, calls)
-    *_, x = lesson.follow(sampler, seven.network, excess * sigmas[0] * x, sigmas, ms, config, noise)
+    x = excess * sigmas[0] * x
+    if way is None:
+        *_, x = lesson.follow(sampler, seven.network, x, sigmas, ms, config, noise)
+    else:
+        eta = 1 - (1 - way) * float(sigmas[1] / sigmas[0]) ** 2
+        *_, x = lesson.consistent_sampling(seven.network, x, sigmas, eta, noise)
     return x.cpu(), denoise(seven.network, x, sigmas[-1]).cpu()
 
 
@@ -94,6 +100,7 @@ def calls(table: Table, seven: SimpleNamespace) -> None:
         "Heun": ("heun", (13, 25, 35, 49, 97), {}),
         "Euler": ("euler", (13, 25, 49, 97), {}),
         "consistent": ("consistent", (13, 25, 49, 97), {}),
+        "consistent, eta of lesson 4": ("consistent", (13, 25, 49, 97), {"way": 0.5}),
     }
     for predictor, some, corrected in (
         ("reverse_diffusion", (49, 97, 193), (25, 49, 97, 193)),
@@ -116,6 +123,14 @@ def calls(table: Table, seven: SimpleNamespace) -> None:
         for K in table.missing(name, [few(seven, K) for K in some]):
             before, after = sample(seven, table, sampler, K, **changes)
             table.add(name, K, fid=fid(after), noise=noise_in(before))
+
+
+def eta(table: Table, seven: SimpleNamespace) -> None:
+    """How far from DDPM's eta, 0, to 1 should consistent sampling go? (lesson 4 goes half-way)"""
+    for K in (few(seven, 49), few(seven, 97)):
+        for way in table.missing(f"eta, {K} calls", (0, 0.15, 0.25, 0.35, 0.5, 0.75)):
+            before, after = sample(seven, table, "consistent", K, way=way)
+            table.add(f"eta, {K} calls", way, fid=fid(after), noise=noise_in(before))
 
 
 def corrector(table: Table, seven: SimpleNamespace) -> None:
@@ -154,7 +169,8 @@ def conditioning(table: Table, seven: SimpleNamespace) -> None:
         for sampler in ("euler", "heun", "consistent", "predictor_corrector"):
             setting = f"{name}, {sampler.replace('_', ' ')}"
             for excess in table.missing(setting, (1.0, 1.05)):
-                before, after = sample(trained, table, sampler, few(seven, 97), excess)
+                way = 0.5 if sampler == "consistent" else None
+                before, after = sample(trained, table, sampler, few(seven, 97), excess, way)
                 table.add(setting, excess, fid=fid(after), noise=noise_in(before))
 
 
@@ -244,6 +260,7 @@ def inpainting(table: Table, seven: SimpleNamespace) -> None:
 
 EXPERIMENTS = {
     "calls": (calls, 500),
+    "eta": (eta, 500),
     "loss": (loss, 500),
     "corrector": (corrector, 250),
     "conditioning": (conditioning, 250),

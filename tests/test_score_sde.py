@@ -392,7 +392,7 @@ def test_two_etas_of_lesson_4_are_ancestral_and_euler(monkeypatch):
     for eta in (0.3, None):
         noise_from(monkeypatch, Recorded(39, shape))
         ours = list(consistent_sampling(curved, 10 * normal(*shape), sigmas, eta))
-        theirs = of_lesson_4((1 + ancestral_eta(sigmas)) / 2 if eta is None else eta, Recorded(40, shape))
+        theirs = of_lesson_4((1 + 3 * ancestral_eta(sigmas)) / 4 if eta is None else eta, Recorded(40, shape))
         assert len(ours) == len(theirs) == 39
         torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0, atol=1e-12)
 
