@@ -96,25 +96,37 @@ def wait_until(condition, process, seconds=100):
 
 
 @pytest.fixture(scope="session")
-def smoke_processes(tmp_path_factory):
-    """{lesson: (output folder, the process)} of `python train_mnist.py --smoke`, all at once to save time."""
-    processes = {}
+def smoke_runs(tmp_path_factory):
+    """Where `python train_mnist.py --smoke` of each lesson writes, all at once, and once for all of `pytest -n 2`."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke"
+    try:
+        root.mkdir()
+    except FileExistsError:  # they are the other process's
+        yield root
+        return
+    processes = []
     for name in LESSONS:
-        folder = tmp_path_factory.mktemp(name) / "output"
-        how = command(name, "--smoke", "--output", folder)
-        processes[name] = folder, subprocess.Popen(**how, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    yield processes
-    for _, process in processes.values():
-        process.kill()
+        (root / name).mkdir()
+        how = command(name, "--smoke", "--output", root / name / "output")
+        line = "{} > {folder}/stdout 2> {folder}/stderr; echo $? > {folder}/ended"
+        line = line.format(shlex.join(how.pop("args")), folder=shlex.quote(str(root / name)))
+        processes.append(subprocess.Popen(line, shell=True, **how))
+    yield root
+    for process in processes:
+        process.wait(timeout=120)
 
 
 @pytest.fixture(scope="module")
-def smoke(lesson, smoke_processes):
-    """`python train_mnist.py --smoke` in the lesson's folder: (output folder, what it printed)."""
-    folder, process = smoke_processes[lesson.name]
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    return folder, Result(process.returncode, stdout, stderr)
+def smoke(lesson, smoke_runs):
+    """`python train_mnist.py --smoke` in the lesson's folder: (output folder, not to be changed; what it printed)."""
+    run, end = smoke_runs / lesson.name, time.monotonic() + 120
+    while not (run / "ended").is_file() or not (run / "ended").read_text().endswith("\n"):
+        assert time.monotonic() < end, "the smoke run does not end"
+        time.sleep(0.05)
+    result = Result(int((run / "ended").read_text()), (run / "stdout").read_text(), (run / "stderr").read_text())
+    assert result.status == 0, result.stderr
+    return run / "output", result
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +217,11 @@ def test_smoke_configuration_is_what_the_flags_said(lesson, smoke):
     train_mnist = script(lesson.name)
     saved = json.loads((smoke[0] / "config.json").read_text())
     assert saved["precision"] in ("float32", "bfloat16")
-    chosen = {**train_mnist.PRESETS["smoke"], "output": str(smoke[0]), "precision": saved["precision"]}
+    chosen = {
+        **train_mnist.PRESETS["smoke"],
+        "output": str(smoke[0]),
+        "precision": saved["precision"],
+    }
     assert saved == dataclasses.asdict(train_mnist.Config(**chosen))
     assert read_checkpoint(smoke[0])["config"] == saved
 
@@ -324,24 +340,29 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(tmp_path):
     """A run is stopped with the one; the line it prints is typed into a shell; that run is stopped with the other."""
     name, folder, step = "lesson_04_ncsnv2", tmp_path / "a run", 0
     flags = ("--smoke", "--precision", "float32", "--steps", 10**6, "--preview-every", 10**6, "--output", folder)
-    how = command(name, *flags)
+    at_once = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
+    how = command(name, *flags) | {"env": at_once}
     for number in (signal.SIGINT, signal.SIGTERM):
-        printed = tmp_path / f"stderr of {number}"
-        with open(printed, "w") as stderr, subprocess.Popen(**how, stdout=subprocess.PIPE, stderr=stderr) as process:
+        printed, said = tmp_path / f"stderr of {number}", tmp_path / f"stdout of {number}"
+        with (
+            open(printed, "w") as err,
+            open(said, "w") as out,
+            subprocess.Popen(**how, stdout=out, stderr=err) as process,
+        ):
             try:
-                wait_until(lambda: "loss=" in printed.read_text(), process)  # noqa: B023
+                wait_until(lambda: "minutes with the pictures" in said.read_text(), process)  # noqa: B023
                 process.send_signal(number)
-                stdout, _ = process.communicate(timeout=60)
+                process.wait(timeout=60)
             finally:
                 process.kill()
         assert process.returncode == 128 + number
         assert "Traceback" not in printed.read_text()
-        line = re.fullmatch(r"stopped and saved after step (\d+); go on with: (.*)", stdout.splitlines()[-1])
+        line = re.fullmatch(r"stopped and saved after step (\d+); go on with: (.*)", said.read_text().splitlines()[-1])
         assert int(line[1]) == read_checkpoint(folder)["step"] > step
         assert set(hashes(folder)) == {"checkpoint.pt", "config.json", "metrics.csv", "loss.png"}
         step, advice = int(line[1]), line[2]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where the shell finds python
-        how |= {"args": f"exec {advice}", "shell": True, "env": {**ENVIRONMENT, "PATH": path}}
+        how |= {"args": f"exec {advice}", "shell": True, "env": {**at_once, "PATH": path}}
 
     python, script_name, *flags = shlex.split(advice)
     assert (python, script_name, flags[-1]) == ("python", "train_mnist.py", "--resume")
@@ -381,15 +402,15 @@ def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, every, ste
 @pytest.mark.lessons(*WITHOUT_7)
 def test_a_run_of_so_many_minutes_keeps_the_steps_that_it_found(lesson, tmp_path):
     """They are found in step 10, from what eight steps took; a resume does not look for them again."""
-    flags = ("--minutes", 0.05, "--preview-every", 20, "--output", tmp_path)
+    flags = ("--minutes", 0.05, "--preview-every", 12, "--output", tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.run, "CALL", 1e9)  # pictures cost nothing: all of the time goes to steps
         result = quick(lesson.name, *flags, draw=draw_with_signal(script(lesson.name).draw))
     assert result.status == 128 + signal.SIGTERM
     found = json.loads((tmp_path / "config.json").read_text())
-    assert found["minutes"] == 0.0 and found["steps"] > 20
+    assert found["minutes"] == 0.0 and found["steps"] > 13
     assert f"\n{found['steps']} steps of 16 images, about 0.0 minutes with the pictures\n" in result.stdout
-    assert read_checkpoint(tmp_path)["step"] == 21
+    assert read_checkpoint(tmp_path)["step"] == 13
     advice = result.stdout.splitlines()[-1].partition("go on with: python train_mnist.py ")[2]
     assert "--minutes 0.05" in advice
     assert run_here(lesson.name, *shlex.split(advice)).status == 0
