@@ -8,7 +8,7 @@ from PIL import Image, ImageSequence
 
 from common.data import load_images
 from common.errors import LessonError
-from common.images import PADDING, PADDING_GRAY, save_gif, save_grid, save_loss_plot, save_strip
+from common.images import PADDING, PADDING_GRAY, save_gif, save_grid, save_loss_plot, save_strip, save_table
 
 
 def read(path):
@@ -124,6 +124,29 @@ def plot(path, S, bands=3, reference=392.0):
     known[:, -1] = float("nan")  # a band that never had a sample
     rows = torch.cat([torch.arange(S)[:, None], losses.mean(1, keepdim=True), known], 1).tolist()
     save_loss_plot(rows, [f"band {k}" for k in range(bands)], path, reference)
+
+
+@pytest.mark.parametrize("captions", [(), ("1", "2", "3", "4", "5", "6")])
+def test_a_table_has_each_image_beside_its_names(tmp_path, monkeypatch, captions):
+    figures, levels = [], (0, 0.2, 0.4, 0.6, 0.8, 1)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: figures.append(figure))
+    save_table(flat(*levels, size=6), tmp_path / "x.png", ["above", "below"], ["a", "b", "c"], captions)
+    (panel,) = figures[0].axes
+    pixels, W = panel.images[0].get_array(), 8
+    above = 2 if captions else 1  # a third of an image, for the caption
+    H = above + 6 + 1
+    assert pixels.shape == (2 * H, 3 * W, 3)
+    xs, ys = panel.get_xticks(), panel.get_yticks()
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["a", "b", "c"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["above", "below"]
+    np.testing.assert_allclose(xs, [4, 12, 20])
+    np.testing.assert_allclose(ys, [above + 3.5, H + above + 3.5])
+    for n, level in enumerate(levels):
+        y, x = int(ys[n // 3]), int(xs[n % 3])
+        assert (pixels[y - 2 : y + 3, x - 3 : x + 3] == round(255 * level)).all()
+    assert [text.get_text() for text in panel.texts] == list(captions)
+    for n, text in enumerate(panel.texts):
+        assert text.get_position() == (xs[n % 3], H * (n // 3) + 1)  # in the white above its image
 
 
 @pytest.mark.parametrize("S", [0, 1, 500])
