@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import ModuleType
 
@@ -154,22 +154,29 @@ def backbone(name: str, table: Table) -> None:
 EXPERIMENTS = {"calls": (calls, 1000), "cost": (cost, 64), "backbone": (backbone, 1000), "many calls": (calls, 1000)}
 
 
+def read_options(parser: ArgumentParser, experiments: dict) -> Namespace:
+    """The flags of `parser`, and which experiments and lessons: all if none is named. LessonError for others."""
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(experiments)} (default: all)")
+    parser.add_argument("--lessons", nargs="*", default=list(SAMPLERS), metavar="folder", help="(default: all five)")
+    parser.add_argument("--smoke", action="store_true", help="a few steps and few images: tests the script")
+    options = parser.parse_args()
+    for each in options.names:
+        check_choice("experiment", each, experiments)
+    for name in options.lessons:
+        check_choice("--lessons", name, SAMPLERS)
+    options.names = options.names or list(experiments)
+    return options
+
+
 def main() -> None:
     """Measures what is missing in the file."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
-    parser.add_argument("--lessons", nargs="*", default=list(SAMPLERS), metavar="folder", help="(default: all five)")
     parser.add_argument("--num", type=int, help="how many images (default: 1000)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of compare.csv (default: docs)")
-    parser.add_argument("--smoke", action="store_true", help="three steps and few images: tests the script")
-    options = parser.parse_args()
-    for each in options.names:
-        check_choice("experiment", each, EXPERIMENTS)
-    for name in options.lessons:
-        check_choice("--lessons", name, SAMPLERS)
+    options = read_options(parser, EXPERIMENTS)
     if options.num is not None:
         check_range("--num", options.num, 4, 10_000)
-    for each in options.names or EXPERIMENTS:
+    for each in options.names:
         function, n = EXPERIMENTS[each]
         print(f"{each}: {function.__doc__}", flush=True)
         n = options.num or (8 if options.smoke else n)

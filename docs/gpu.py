@@ -18,13 +18,13 @@ sys.path.insert(0, str(ROOT))
 
 import ddpm
 import improved_ddpm
-from compare import SAMPLERS, score
+from compare import SAMPLERS, read_options, score
 from techniques import Table
 
 from common.bench import time_round
 from common.checkpoint import load_lesson, load_network
 from common.cli import run
-from common.config import check_choice, check_range
+from common.config import check_range
 from common.errors import LessonError
 from common.images import save_grid
 from common.machine import choose_device
@@ -83,17 +83,17 @@ def processes(name: str, table: Table, options: Namespace) -> None:
 
 def measured_run(name: str, table: Table, folder: Path, flags: list[str], minutes: float = 600) -> None:
     """Trains, and measures the digits after 100 network calls and, where the lesson has a bound, their bits/dim."""
-    setting, lesson = f"{name}, {SAMPLERS[name][3][0]}", load_lesson(name)
-    if not table.missing(setting, [SAMPLERS[name][3][1]]):
+    lesson, (sampler, K) = load_lesson(name), SAMPLERS[name][0 if table.smoke else 3]
+    if not table.missing(f"{name}, {sampler}", [K]):
         return
     minutes = timed_training(name, folder, ["--smoke"] if table.smoke else flags, minutes=minutes) / 60
     network, config, found = load_network(lesson, folder / "checkpoint.pt", choose_device())
-    config.variance = "small" if name == "lesson_05_ddpm" else "learned"  # the large one is for all steps
+    if name == "lesson_05_ddpm":
+        config.variance = "small"  # the large one is for all steps
     table.add(f"{name}, training", found["step"], minutes=minutes, images=found["step"] * config.batch_size)
-    sampler, K = SAMPLERS[name][0 if table.smoke else 3]
     images, _ = sample_all(lesson, network, config, (64, *found["image_shape"]), 1, sampler, K, config.precision)
     save_grid(images, folder / "drawn.png")
-    score(table, setting, K, lesson, network, config, found["image_shape"], sampler)
+    score(table, f"{name}, {sampler}", K, lesson, network, config, found["image_shape"], sampler)
     if "ddpm" in name:
         bits(name, table, folder / "checkpoint.pt")
 
@@ -128,19 +128,12 @@ EXPERIMENTS = {"speed": (speed, 64), "processes": (processes, 64), "paper": (pap
 def main() -> None:
     """Measures what is missing in the file."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
-    parser.add_argument("--lessons", nargs="*", default=list(SAMPLERS), metavar="folder", help="(default: all five)")
     parser.add_argument("--minutes", type=float, default=1.0, help="of `paper`, for each lesson (default: 1)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "output_gpu", help="(default: docs/output_gpu)")
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "gpu.csv", help="(default: docs/gpu.csv)")
-    parser.add_argument("--smoke", action="store_true", help="tiny networks and few images: tests the script")
-    options = parser.parse_args()
-    for each in options.names:
-        check_choice("experiment", each, EXPERIMENTS)
-    for name in options.lessons:
-        check_choice("--lessons", name, SAMPLERS)
+    options = read_options(parser, EXPERIMENTS)
     check_range("--minutes", options.minutes)
-    for each in options.names or EXPERIMENTS:
+    for each in options.names:
         function, n = EXPERIMENTS[each]
         print(f"{each}: {function.__doc__}", flush=True)
         for name in options.lessons:

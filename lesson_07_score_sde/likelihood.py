@@ -60,8 +60,8 @@ def log_likelihood(
     """log p(x) in nats, (B,), of images x (B, C, H, W) in [0, 1], dequantised (Sec. 4.3, App. D.2).
 
     p is the density at noise scale sigma_min. No such density scores below log2(256 sigma_min sqrt(2 pi)) bits per
-    dimension. sigma_max is
-    where the latent is taken to be normal. 4 steps network calls, each with its way back; in float32.
+    dimension. sigma_max is where the latent is taken to be normal. 4 steps network calls, each with its way back; in
+    float32.
     """
     prior, divergence = log_likelihood_terms(score, x, sigma_min, sigma_max, steps, generator)
     return prior + divergence

@@ -115,7 +115,7 @@ def fill_in(network, config, y: Tensor, known: Tensor, generator: Noise, calls: 
     sigmas, _ = schedule_for_calls(network, config, FILLS_IN, calls)
     start = sigmas[0] * noise_like(y, generator)
     score = guided(network, config, y.shape)
-    *_, x = inpaint(score, y, known, start, sigmas, *predictor_corrector_options(config, generator))  # by VE
+    *_, x = inpaint(score, y, known, start, sigmas, *predictor_corrector_options(config, generator))  # as for VE
     return denoise(score, x, sigmas[-1]) * (1 - known) + y * known
 
 
