@@ -5,12 +5,12 @@ of the rounds is printed. A step is all that train_mnist.py does in it: data, lo
 """
 
 import argparse
-import contextlib
 import importlib
 import itertools
 import statistics
 import tempfile
 import time
+from contextlib import closing, suppress
 
 from common.checkpoint import load_lesson
 from common.cli import Stopped, run
@@ -67,9 +67,8 @@ def time_round(name: str, preset: str | None, precision: str) -> TimedRun:
     lesson, train_mnist = load_lesson(name), importlib.import_module("train_mnist")
     with tempfile.TemporaryDirectory() as folder:
         config = train_mnist.Config(**train_mnist.PRESETS.get(preset, {}), precision=precision, output=folder)
-        timed = TimedRun(config, lesson.LESSON)
-        timed.images, timed.leads = timed.images[:2000], False  # few, for Technique 1; and say nothing
-        with contextlib.suppress(Stopped):
+        with closing(TimedRun(config, lesson.LESSON)) as timed, suppress(Stopped):
+            timed.images, timed.leads = timed.images[:2000], False  # few, for Technique 1; and say nothing
             train_mnist.train(timed.config, timed)
     return timed
 

@@ -8,6 +8,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -45,11 +46,8 @@ def start(train, config_class, presets: dict[str, dict], lesson: str) -> None:
         if resume:
             config, checkpoint = resume_run(config, named, lesson)
         config.check()
-        run = Run(config, lesson, checkpoint, overwrite)
-        try:
+        with closing(Run(config, lesson, checkpoint, overwrite)) as run:
             train(run.config, run)
-        finally:
-            run.claim.release() if run.claim else None
         print(f"done: look at {run.folder / 'samples.png'}")
 
     run_main(main)
@@ -86,6 +84,10 @@ class Run:
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.precision = ranks.agreed(training_precision(config.precision, self.device))
         self.config = dataclasses.replace(config, precision=self.precision)
+
+    def close(self) -> None:
+        """Gives the run's folder back."""
+        self.claim.release() if self.claim else None
 
     def say(self, what: str) -> None:
         """Tells the person, once, what takes long now."""

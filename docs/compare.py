@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
@@ -142,9 +143,10 @@ def backbone(name: str, table: Table) -> None:
     changes = {"scale_shift": False} if name == "lesson_09_improved_ddpm" else {}
     with tempfile.TemporaryDirectory() as folder:
         how = dict(steps=steps, batch_size=BATCH, preview_every=10_000, seed=table.seed, output=folder)
-        training = Run(train_mnist.Config(**how, **changes), lesson.LESSON)
-        training.last_pictures = lambda frames: 2 * [torch.zeros(1, *training.image_shape)]  # none: they take minutes
-        train_mnist.train(training.config, training)
+        with closing(Run(train_mnist.Config(**how, **changes), lesson.LESSON)) as training:
+            none = 2 * [torch.zeros(1, *training.image_shape)]  # the last pictures, which take minutes
+            training.last_pictures = lambda frames: none
+            train_mnist.train(training.config, training)
     network = training.parts.get("ema", training.parts["network"]).eval()
     for sampler, K in SAMPLERS[name][2:4]:
         K = min(K, 20) if table.smoke else K
