@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from common import ranks
 from common.machine import CLEARLY, bfloat16_speedup
 
 MOMENTUM = 0.95
@@ -30,7 +31,7 @@ class Optimizer:
         rest = [p for p in network.parameters() if id(p) not in kernels]
         device = rest[0].device
         self.adam = torch.optim.Adam(rest, fused=device.type != "mps")
-        fast = name == "muon" and bfloat16_speedup(device) > CLEARLY
+        fast = ranks.agreed(name == "muon" and bfloat16_speedup(device) > CLEARLY)  # the same update in all processes
         self.dtype = torch.bfloat16 if fast else torch.float32
 
     @torch.no_grad()

@@ -68,9 +68,7 @@ class Run:
         if config.batch_size % ranks.world():
             raise LessonError(f"--batch-size {config.batch_size} must be a multiple of the {ranks.world()} processes")
         self.leads, self.earlier, self.ending, self.step = ranks.rank() == 0, [], 0, 0
-        images = load_pictures(config) if self.leads else None
-        ranks.agreed(None)  # one process downloads what is missing, then the others find it
-        images = load_pictures(config) if images is None else images
+        images = ranks.agreed(load_pictures(config) if self.leads else None)  # read, or downloaded, once
         self.images, self.image_shape = images.to(self.device), tuple(images.shape[1:])  # (C, H, W)
         self.data = f"{len(images)} pictures, {zlib.crc32(images.numpy()):08x}"
         if checkpoint and checkpoint.get("data", self.data) != self.data:

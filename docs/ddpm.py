@@ -147,6 +147,22 @@ def loss(table: Table, five: SimpleNamespace) -> None:
         table.add("best linear denoiser", t, loss=float((abar * variances / (abar * variances + 1 - abar)).mean()))
 
 
+def histograms(table: Table, five: SimpleNamespace) -> None:
+    """How many bits does a model need that knows how often each pixel has each gray level, and nothing else?
+
+    The frequencies are those of the training digits, and of one more digit that has all 256 levels at once.
+    """
+    digits = load_images("mnist").flatten(1).long()  # (60000, 784)
+    counts = torch.full((digits.shape[1], 256), 1 / 256)
+    for part in digits.split(5000):
+        counts.scatter_add_(1, part.T, torch.ones(part.T.shape))
+    probabilities = counts / counts.sum(1, keepdim=True)  # (784, 256)
+    for n in table.missing("pixels", [100, 500, 1000, 10_000]):
+        table.n = n
+        pixels = (255 * table.digits()[0]).round().flatten(1).long().cpu()
+        table.add("pixels", n, bits=float(-probabilities.gather(1, pixels.T).log2().mean()))
+
+
 PREDICTIONS, OBJECTIVES = ("eps", "x_0", "mu"), ("L_simple", "L")
 
 
@@ -162,8 +178,8 @@ def as_noise(prediction: str, out: Tensor, x_t: Tensor, table_at: Callable[[Tens
 def weights(prediction: str, objective: str, betas: Tensor) -> Tensor:
     """What the squared error of eps counts at each t, (T,), so that the loss is L_simple of the prediction, or L.
 
-    L (Eq. 12) is the same for all of them: beta^2 / (2 sigma^2 alpha (1 - abar)), here with sigma^2 = beta. Both are
-    scaled to a mean of 1.
+    L (Eq. 12) is the same for all of them: beta^2 / (2 sigma^2 alpha (1 - abar)), here with sigma^2 = beta, and at
+    t = 1 too, where the bound has the decoder's term. Both are scaled to a mean of 1.
     """
     abar = (1 - betas).cumprod(0)
     w = betas / (2 * (1 - betas) * (1 - abar))  # L
@@ -179,13 +195,14 @@ def prediction(table: Table, five: SimpleNamespace) -> None:
     T, betas, device = len(five.betas), five.betas, choose_device()
     train_mnist = importlib.import_module("train_mnist")  # the lesson's: `load` has put its folder first
     config = copy.copy(five.config)
-    config.steps = 3 if table.smoke else 400
+    config.steps = 3 if table.smoke else 800
     images = load_images("mnist").to(device)
     c1, c2, _ = posterior(betas)
     tables = {"a": five.alpha_bars.sqrt(), "s": (1 - five.alpha_bars).sqrt(), "c1": c1, "c2": c2}
     precision = training_precision("auto", device)
     for kind, objective in itertools.product(PREDICTIONS, OBJECTIVES):
-        if not table.missing(f"{kind}, {objective}", [config.steps]):
+        names = [f"{kind}, {objective}, {variance} variance" for variance in ("small", "large")]
+        if not any([table.missing(each, [config.steps]) for each in names]):
             continue
         torch.manual_seed(table.seed)
         generator = torch.Generator(device).manual_seed(table.seed)
@@ -209,15 +226,16 @@ def prediction(table: Table, five: SimpleNamespace) -> None:
             torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
             optimizer.step(learning_rate(step, config))
             train_mnist.update_ema(ema, network, step, config.ema_decay)
-        batched, start = InBatches(ema.eval(), precision), table.noise()
-        x = start.like(torch.empty(table.n, 1, 28, 28)).to(device)
-        K = min(100, T)
-        model = functools.partial(noise, batched)
-        *_, x = ddim_sampling(model, x, five.alpha_bars, evenly(T, K), eta=1.0, generator=start)
-        table.add(f"{kind}, {objective}", config.steps, fid=fid(((x + 1) / 2).cpu()))
+        model = functools.partial(noise, InBatches(ema.eval(), precision))
+        for variance, each in zip(("small", "large"), names):
+            start = table.noise()
+            x = start.like(torch.empty(table.n, 1, 28, 28)).to(device)
+            *_, x = ancestral_sampling(model, x, betas, variance, generator=start)
+            table.add(each, config.steps, fid=fid(((x + 1) / 2).cpu()))
 
 
-EXPERIMENTS = {"calls": (calls, 1000), "bits": (bits, 1000), "loss": (loss, 1000), "prediction": (prediction, 500)}
+EXPERIMENTS = {"calls": (calls, 1000), "bits": (bits, 1000), "histograms": (histograms, 10_000), "loss": (loss, 1000),
+               "prediction": (prediction, 500)}  # fmt: skip
 
 
 def measure(doc: str, lesson: str, csv: str, experiments: dict, load: Callable = load) -> None:

@@ -1,8 +1,8 @@
 """What lesson 9 measures: `python docs/improved_ddpm.py`, or names of some of its experiments.
 
-All but `ablation`, which trains, take the network of lesson_09_improved_ddpm/pretrained.pt. Adds lines to
-docs/improved_ddpm.csv after each measurement, and leaves out those that are there; `python docs/figures_ddpm.py` makes
-pictures of them.
+All but `ablation`, which trains, take the network of lesson_09_improved_ddpm/pretrained.pt; `gradient` trains others
+for a few steps, too. Adds lines to docs/improved_ddpm.csv after each measurement, and leaves out those that are there;
+`python docs/figures_ddpm.py` makes pictures of them.
 """
 
 import subprocess
@@ -33,6 +33,7 @@ from lesson_09_improved_ddpm.timestep_sampler import LossAwareTimesteps, Uniform
 
 LESSON = "lesson_09_improved_ddpm"
 VARIANCES = ("learned", "small", "large")
+EARLY = (20, 100, 500)  # steps after which the noise of the gradient is measured, besides the end
 
 
 def sample(nine: SimpleNamespace, table: Table, K: int, variance: str) -> Tensor:
@@ -96,9 +97,27 @@ def v(table: Table, nine: SimpleNamespace) -> None:
         table.add("all", t, v=float(learned.mean()))
 
 
+def trained(steps: int, seed: int, *flags: str) -> SimpleNamespace:
+    """A network that train_mnist.py has trained with these flags, as `load` returns it."""
+    with tempfile.TemporaryDirectory() as output:
+        how = ("--steps", steps, "--preview-every", 10_000, "--seed", seed, "--output", output)
+        command = [sys.executable, "train_mnist.py", *flags, *how]
+        subprocess.run([str(word) for word in command], cwd=ROOT / LESSON, check=True, stdout=subprocess.DEVNULL)
+        return load(LESSON, str(Path(output) / "checkpoint.pt"))
+
+
 def gradient(table: Table, nine: SimpleNamespace) -> None:
     """How noisy is the gradient of each objective? Trace of its covariance over its squared length, batches of 64."""
-    if not table.missing("hybrid, uniform", [64]):
+    gradient_noise(table, nine, "")
+    for steps in EARLY[: 1 if table.smoke else None]:
+        when, flags = f", step {steps}", ("--decay", "constant", *(["--smoke"] if table.smoke else []))
+        if table.missing(f"hybrid, uniform{when}", [64]):
+            gradient_noise(table, trained(steps, table.seed, *flags), when)
+
+
+def gradient_noise(table: Table, nine: SimpleNamespace, when: str) -> None:
+    """Adds a line for each objective, unless they are there."""
+    if not table.missing(f"hybrid, uniform{when}", [64]):
         return
     T, images, generator = len(nine.betas), load_images("mnist"), torch.Generator().manual_seed(table.seed)
     network, aware = nine.network.network.train(), LossAwareTimesteps(T)
@@ -121,7 +140,7 @@ def gradient(table: Table, nine: SimpleNamespace) -> None:
             gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).double())
         g = torch.stack(gradients)
         trace = float(g.var(0).sum())
-        table.add(name, 64, noise=trace / max(1e-30, float(g.mean(0).square().sum()) - trace / len(g)))
+        table.add(f"{name}{when}", 64, noise=trace / max(1e-30, float(g.mean(0).square().sum()) - trace / len(g)))
     network.zero_grad()
     network.eval()
 
@@ -148,15 +167,11 @@ def ablation(table: Table, nine: SimpleNamespace) -> None:
             continue
         if table.smoke:
             flags = (*flags, "--smoke")
-        with tempfile.TemporaryDirectory() as output:
-            how = ("--steps", steps, "--preview-every", 10_000, "--seed", table.seed, "--output", output)
-            command = [sys.executable, "train_mnist.py", *flags, *how]
-            subprocess.run([str(word) for word in command], cwd=ROOT / LESSON, check=True, stdout=subprocess.DEVNULL)
-            trained = load(LESSON, str(Path(output) / "checkpoint.pt"))
-        variance, K = trained.config.variance, len(trained.betas)
+        changed = trained(steps, table.seed, *flags)
+        variance, K = changed.config.variance, len(changed.betas)
         some = load_images("mnist", "test")[:50] / 127.5 - 1
-        value = fid(sample(trained, table, min(50, K), variance))
-        table.add(name, steps, fid=value, bits=float(bound(trained, some, K, table.seed)[variance].sum()))
+        value = fid(sample(changed, table, min(50, K), variance))
+        table.add(name, steps, fid=value, bits=float(bound(changed, some, K, table.seed)[variance].sum()))
 
 
 EXPERIMENTS = {"calls": (calls, 1000), "bits": (bits, 250), "v": (v, 250), "gradient": (gradient, 100),

@@ -267,7 +267,7 @@ def test_the_bridge_to_lesson_4(monkeypatch, eta):
         ours = last(ancestral_sampling(curved, x, betas, "small", clip=False))
     else:
         ours = last(ddim_sampling(curved, x, abars, torch.arange(300), clip=False))
-    torch.testing.assert_close(ours, y, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours, y, rtol=0, atol=1e-12 * float(y.abs().max()))
 
 
 def test_ddim_carries_a_gaussian_over_exactly():
@@ -367,6 +367,49 @@ def test_the_bound_on_gaussian_data(variance):
     expected = expected_terms(0.3, 0.1, BETAS, variance)
     torch.testing.assert_close(found[1:-1].sum(), expected.sum(), rtol=0.01, atol=0)
     torch.testing.assert_close(found[[2, 20, 200]], expected[[1, 19, 199]], rtol=0.05, atol=0)
+
+
+def gray_levels(s, *shape):
+    """Pixels of 256 gray levels in [-1, 1], nearly N(0, s^2), and the probability (256,) of each level."""
+    levels = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    p = torch.softmax(-(levels**2) / (2 * s**2), dim=0)
+    some = torch.multinomial(p, math.prod(shape), True, generator=torch.Generator().manual_seed(3))
+    return levels[some].view(shape), p
+
+
+def whole_bound(s, p, betas, variances):
+    """The bound of a perfect network on gray_levels, by the chain rule: entropy + KL_T + ... + KL_1.
+
+    KL_T is that of q(x_T) from N(0, 1), KL_t that of the true step back from the model's, both with the same mean; at
+    t = 1 it is that of the levels behind x_1 from the decoder's, by quadrature over x_1. variances (T,) of the model.
+    """
+    abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+    v = abar * s**2 + 1 - abar
+    ratio = betas * v[:-1] / v[1:] / variances  # of the true variance to the model's
+    steps = 0.5 * (ratio - 1 - ratio.log())[1:].sum()
+    last = 0.5 * (v[-1] - 1 - v[-1].log())
+    x_1 = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None] * v[1].sqrt()
+    levels, a = torch.linspace(-1, 1, 256, dtype=torch.float64), abar[1].sqrt()
+    joint = p * torch.exp(-((x_1 - a * levels) ** 2) / (2 * (1 - abar[1])))
+    joint /= joint.sum()
+    decoder = torch.distributions.Normal(a * s**2 * x_1 / v[1], variances[0].sqrt())
+    edges = torch.cat([torch.tensor([-math.inf]), (levels[1:] + levels[:-1]) / 2, torch.tensor([math.inf])])
+    q = decoder.cdf(edges).diff(dim=1).clamp(min=1e-300)
+    first = torch.special.entr(joint.sum(1)).sum() - torch.special.entr(joint).sum() - (joint * q.log()).sum()
+    return float(torch.special.entr(p).sum() + last + steps + first) / LN2
+
+
+@pytest.mark.parametrize("variance, excess", [("small", 0.74), ("large", 0.13)])
+def test_the_bound_is_the_entropy_and_what_the_variances_cost(variance, excess):
+    x_0, p = gray_levels(0.2, 300, 1, 8, 8)
+    beta_tilde = posterior(BETAS)[2].clone()
+    beta_tilde[0] = beta_tilde[1]
+    sigma2 = beta_tilde if variance == "small" else torch.cat([beta_tilde[:1], BETAS[1:]])
+    found = bits_per_dim(gaussian_network(0, 0.2), x_0, BETAS, variance, clip=False,
+                         generator=torch.Generator().manual_seed(0)).mean(0)  # fmt: skip
+    expected = whole_bound(0.2, p, BETAS, sigma2)
+    assert float(found.sum()) == pytest.approx(expected, abs=0.03)
+    assert expected - float(torch.special.entr(p).sum()) / LN2 == pytest.approx(excess, abs=0.01)
 
 
 def test_with_the_true_variance_the_bound_is_the_entropy_plus_the_prior_term():

@@ -179,7 +179,13 @@ def test_real_is_far_better_than_corrupted_and_corrupted_than_noise(train, test_
     assert 3 * floor < middle < ceiling / 3
 
 
-STRENGTHS = {"noise": (0.02, 0.05, 0.1), "missing": (1, 2, 5), "broken": (1, 2, 4), "non-digits": (0.1, 0.2, 0.4)}
+STRENGTHS = {
+    "noise": (0.02, 0.05, 0.1),
+    "thinner": (0.28, 0.55, 1),
+    "missing": (1, 2, 5),
+    "broken": (1, 2, 4),
+    "non-digits": (0.1, 0.2, 0.4),
+}
 
 
 @pytest.mark.parametrize("damage", STRENGTHS)

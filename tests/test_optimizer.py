@@ -106,6 +106,12 @@ def test_muon_computes_in_what_is_faster_here(lesson, monkeypatch):
         assert Optimizer(a_network(lesson), "muon").dtype == dtype
 
 
+def test_all_processes_compute_in_what_is_faster_for_the_first(monkeypatch):
+    monkeypatch.setattr("common.optimizer.bfloat16_speedup", lambda device: 2.0)
+    monkeypatch.setattr("common.ranks.agreed", lambda value: not value)  # rank 0 has found the contrary
+    assert Optimizer(torch.nn.Conv2d(8, 8, 3), "muon").dtype == torch.float32
+
+
 def test_momentum_of_other_weights_is_refused(lesson):
     ours, wider = (Optimizer(a_network(lesson, width=width), "muon") for width in (8, 10))
     with pytest.raises(ValueError):

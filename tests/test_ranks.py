@@ -48,23 +48,25 @@ def two(lesson, pictures, tmp_path_factory):
 
 
 def difference(a, b):
-    """The mean difference of two checkpoints in what was learned, after a look at the rest.
-
-    The mean, since Adam divides by the size of a gradient: where one is nearly zero, the order of a sum decides which
-    way the weight goes, on any one machine in a few of them.
-    """
+    """How far two checkpoints are apart in each weight, after a look at the rest."""
     assert a.keys() == b.keys() and a["step"] == b["step"] and torch.equal(a["generator"], b["generator"])
     for (step, losses), (other, theirs) in zip(a["log"]["recent"], b["log"]["recent"], strict=True):
         assert step == other
         torch.testing.assert_close(losses, theirs, rtol=1e-2, atol=0)  # of all images, in the same order
     names = [name for name in ("network", "ema") if name in a]
     weights = [torch.cat([w.flatten() for name in names for w in each[name].values()]) for each in (a, b)]
-    return float((weights[0] - weights[1]).abs().mean())
+    return (weights[0] - weights[1]).abs()
 
 
 def assert_same_run(a, b):
-    """What was learned differs by less than a hundredth of a step of Adam, and by less than 1e-4."""
-    assert difference(a, b) < 1e-2 * a["config"]["learning_rate"] < 1e-4
+    """What was learned differs by less than a hundredth of a step of Adam on average, and 999 of 1000 weights by 1e-5.
+
+    Not all: Adam divides by the size of a gradient, and where that is nearly zero, the order of a sum decides which way
+    the weight goes. On the machine that this was written on the largest difference is 4e-5.
+    """
+    apart = difference(a, b)
+    assert float(apart.mean()) < 1e-2 * a["config"]["learning_rate"] < 1e-4
+    assert float(apart.kthvalue(int(0.999 * len(apart))).values) < 1e-5
 
 
 def test_two_processes_make_the_run_of_one(lesson, two, pictures, tmp_path):
@@ -79,6 +81,7 @@ def test_only_the_first_process_prints_and_writes(lesson, two):
     assert set(hashes(folder)) == files_of_a_run(lesson)
     assert done.stdout.count("\nprocesses   2\n") == done.stdout.count("done: look at ") == 1
     assert len(re.findall("^device ", done.stdout, re.MULTILINE)) == 1
+    assert done.stderr.count("20 pictures from ") == 1
     assert lines_of_ours(done.stderr) == []
 
 

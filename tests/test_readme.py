@@ -70,6 +70,13 @@ def test_every_function_named_is_there(path):
         docstring(found[0], function)
 
 
+def test_every_test_named_is_there():
+    there = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in ROOT.glob("tests/*.py")), re.MULTILINE))
+    for path in READMES:
+        for name in re.findall(r"`(?:tests/test_\w+\.py::)?(test_\w+)`", path.read_text()):
+            assert name in there, f"{path}: {name}"
+
+
 @pytest.mark.parametrize("name", LESSONS)
 def test_every_number_of_ours_is_explained(name):
     text = section(readme(name), "What we do differently from the paper, and why")

@@ -16,24 +16,25 @@ from PIL import Image
 import common.run
 from common.config import learning_rate
 from common.noise import SeededNoise
-from tests.running import loss_of, quick, read_checkpoint, script, some_images
+from tests.running import DIFFUSION, loss_of, quick, read_checkpoint, script, some_images
 from tests.test_train import DENOISED
 
-pytestmark = pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm", "lesson_07_score_sde")
 STEPS, B = 12, 16
 NEW_LADDER = {
     "lesson_03_ncsn": ("--sigma-1", 2, "--sigma-L", 0.5, "--L", 7, "--T", 3),
     "lesson_04_ncsnv2": (),
     "lesson_05_ddpm": ("--T", 60, "--beta-1", 0.002, "--beta-T", 0.3),
     "lesson_07_score_sde": ("--N", 7),
+    "lesson_09_improved_ddpm": ("--T", 60),
 }
 MORE = {
     "lesson_03_ncsn": ("--focus", 0.4),
     "lesson_04_ncsnv2": ("--focus", 0.4, "--ema-decay", 0.4, "--overlap", 0.2, "--T", 2, "--sigma-L", 0.5),
     "lesson_05_ddpm": ("--ema-decay", 0.4),
     "lesson_07_score_sde": ("--focus", 0.4, "--ema-decay", 0.4, "--sigma-min", 0.02, "--sigma-L", 0.5),
+    "lesson_09_improved_ddpm": ("--ema-decay", 0.4, "--lambda-vlb", 0.01),
 }
-CLIPPED = {"lesson_05_ddpm": 1}  # numbers for which --clip is the length of a gradient; of the others, per pixel
+CLIPPED = dict.fromkeys(DIFFUSION, 1)  # numbers for which --clip is the length of a gradient; of the others, per pixel
 
 
 class Written:
@@ -51,8 +52,7 @@ def spy(lesson, folder, *flags):
 
     def loss(network, x, *how):
         value = loss_function(network, x, *how)
-        *table, i, z = how  # lesson 7 has no table, and i is a noise scale
-        table = table[0] if table else None
+        table, i, z, *_ = how if len(how) > 2 else (None, *how)  # lesson 7 has no table, and i is a noise scale
         autocast = torch.is_autocast_enabled("cpu")
         seen.losses.append({"x": x, "table": table, "i": i, "z": z, "value": value.detach(), "autocast": autocast})
         return value
@@ -80,9 +80,10 @@ def spy(lesson, folder, *flags):
         seen.emas.append((step, decay))
         module_ema(ema, network, step, decay)
 
-    draw_name = "draw_timesteps" if lesson.name == "lesson_05_ddpm" else "draw_noise_scales"
-    module_draw, module_ema = getattr(module, draw_name), getattr(module, "update_ema", None)
-    pieces = {loss_name: loss, "Optimizer": Optimizer, "draw": draw, draw_name: draw_levels}
+    draw_name = "draw_timesteps" if lesson.name in DIFFUSION else "draw_noise_scales"
+    module_draw, module_ema = getattr(module, draw_name, None), getattr(module, "update_ema", None)
+    pieces = {loss_name: loss, "Optimizer": Optimizer, "draw": draw}
+    pieces |= {draw_name: draw_levels} if module_draw else {}  # lesson 9 has a class for it
     pieces |= {"update_ema": update_ema} if module_ema else {}
     record = common.run.Run.record
 
@@ -114,9 +115,9 @@ def all_steps(seen, name):
     return torch.cat([loss[name] for loss in seen.losses])
 
 
-def test_images_are_between_0_and_1_in_lesson_5_between_minus_1_and_1_and_in_lesson_7_dequantised(lesson, seen):
+def test_images_are_between_0_and_1_in_lessons_5_and_9_from_minus_1_on_and_in_lesson_7_dequantised(lesson, seen):
     x = all_steps(seen, "x")
-    if lesson.name == "lesson_05_ddpm":
+    if lesson.name in DIFFUSION:
         assert x.min() == -1
         x = (x + 1) / 2
     if lesson.name == "lesson_07_score_sde":  # anywhere in the interval of its gray level, and new each time
@@ -187,6 +188,7 @@ def test_timesteps_and_their_schedule_are_those_of_the_flags(seen):
     assert len(set(t[:, 0].tolist())) > 1  # not the same in each step
 
 
+@pytest.mark.lessons("lesson_04_ncsnv2")
 def test_technique_2_counts_all_channels(tmp_path):
     module, dimensions = script("lesson_04_ncsnv2"), []
     ratio = module.noise_scale_ratio
@@ -203,6 +205,8 @@ def first_gradient(lesson, seen):
     if lesson.name == "lesson_05_ddpm":
         noise = seen.start((level.sqrt() * x + (1 - level).sqrt() * z).float(), i)
         loss = (noise - z).square().mean((1, 2, 3))
+    elif lesson.name == "lesson_09_improved_ddpm":
+        loss = lesson.loss.hybrid_loss(seen.start, x, first["table"], i, z, seen.config.lambda_vlb)
     else:
         loss = 0.5 * (level * seen.start(x + level * z, i) + z).square().sum((1, 2, 3))
     gradient = torch.autograd.grad(loss.mean(), list(seen.start.parameters()))
@@ -233,7 +237,7 @@ def test_the_learning_rate_is_that_of_the_step(seen):
 
 
 def test_losses_and_their_noise_levels_are_recorded(lesson, seen):
-    table, chain = seen.losses[0]["table"], lesson.name == "lesson_05_ddpm"
+    table, chain = seen.losses[0]["table"], lesson.name in DIFFUSION
     ends = 0.02, float(getattr(seen.start, "sigma_max", 1))  # of lesson 7
     L = 100 if table is None else len(table)
 
@@ -278,7 +282,7 @@ def test_pictures_are_drawn_as_the_lesson_says(lesson, seen):
     L = len(getattr(seen.start, "sigmas", ()))
     if lesson.name == "lesson_03_ncsn":
         how = [("langevin", 3 * L)] * 3
-    elif lesson.name == "lesson_05_ddpm":
+    elif lesson.name in DIFFUSION:
         how = [("ddim", 50)] * 2 + [("ancestral", 60)]
     elif lesson.name == "lesson_07_score_sde":
         how = [("consistent", 6 + 1)] * 2 + [("predictor_corrector", 2 * 6 + 1)]
