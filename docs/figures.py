@@ -429,11 +429,11 @@ def technique_3(path: Path, source: Path = TECHNIQUES) -> None:
 
 
 def technique_4(path: Path, source: Path = TECHNIQUES) -> None:
-    """Technique 4: digit FID and the noise of the background over the step size, for T = 1, 2 and 3."""
+    """Technique 4: digit FID and the noise of the background over the step size, for T = 1, 2, 3 and 10."""
     figure, (above, below) = panels(2, 7.6)
     sigmas = geometric_noise_scales(SIGMA_1, SIGMA_L, number_of_noise_scales(SIGMA_1, SIGMA_L, noise_scale_ratio(D)))
     r = torch.logspace(-1.7, 0, 300, dtype=torch.float64)
-    for T, color, style in ((1, PINK, ":"), (2, ORANGE, "-."), (3, BLUE, "-")):
+    for T, color, style in ((1, PINK, ":"), (2, ORANGE, "-."), (3, BLUE, "-"), (10, "black", "--")):
         for panel, y in ((above, "fid"), (below, "noise")):
             points, n = read_experiment(source, "technique_4", y)
             special = [points[f"T = {T} by {name}"][0] for name in ("Technique 4", "the recursion")]

@@ -134,15 +134,20 @@ def calls(path: Path, source: Path = MEASURED) -> None:
     """Digit FID over network calls, for each sampler."""
     points, n = read_experiment(source, "calls", "fid")
     figure, (panel,) = panels(1)
+    over_calls(panel, points, f"digit FID ({n})")
+    save(figure, path)
+
+
+def over_calls(panel, points: dict, label: str) -> None:
+    """A line for each sampler or variance, as read_experiment has them."""
     for (name, line), color, marker in zip(points.items(), (BLUE, GREEN, ORANGE, PINK), "osD^"):
         panel.plot(*zip(*line), marker=marker, color=color, linewidth=2, label=name)
     panel.set(xscale="log", yscale="log")
     log_ticks(panel.xaxis, (5, 10, 25, 50, 100, 250, 1000))
     log_ticks(panel.yaxis, (2, 3, 5, 7, 10, 20, 50, 100, 200, 400))
     panel.set_xlabel("network calls", fontsize=12)
-    panel.set_ylabel(f"digit FID ({n})", fontsize=12)
+    panel.set_ylabel(label, fontsize=12)
     panel.legend(fontsize=10)
-    save(figure, path)
 
 
 def rate(path: Path, source: Path = MEASURED) -> None:
@@ -220,8 +225,13 @@ def learned_v(path: Path, source: Path = MEASURED_9) -> None:
 
 
 def calls_9(path: Path, source: Path = MEASURED_9) -> None:
-    """As `calls`, of lesson 9."""
-    calls(path, source)
+    """As `calls`, of lesson 9; below, the bits of a chain with so many steps."""
+    figure, (above, below) = panels(2, 7.6)
+    points, n = read_experiment(source, "calls", "fid")
+    over_calls(above, points, f"digit FID ({n})")
+    bits, n = read_experiment(source, "bits", "bits")
+    over_calls(below, {name: line for name, line in bits.items() if name in points}, f"bits/dim ({n})")
+    save(figure, path)
 
 
 FIGURES = {

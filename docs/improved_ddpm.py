@@ -76,7 +76,7 @@ def bound(nine: SimpleNamespace, x_0: Tensor, K: int, seed: int) -> dict[str, Te
 def bits(table: Table, nine: SimpleNamespace) -> None:
     """What does each step cost, with the learned and with both fixed variances, and with fewer steps?"""
     T, x_0 = len(nine.betas), 2 * table.digits()[0] - 1
-    for K in [min(K, T) for K in (1000, 250, 100, 50, 25)]:
+    for K in [min(K, T) for K in (1000, 250, 100, 50, 25, 10)]:
         if table.missing("learned", [K]):
             for variance, L in bound(nine, x_0, K, table.seed).items():
                 for group, (a, b) in GROUPS.items() if K == T else ():

@@ -18,7 +18,7 @@ CHANGED_LINES = {  # at most, and with a docstring of its own each file has
     "noise_scales.py": 6,
     "score_network.py": 46,  # i leaves every signature: Technique 3
     "loss.py": 0,
-    "sampler.py": 25,
+    "sampler.py": 26,
     "sample.py": 40,
     "train_mnist.py": 31,
 }
@@ -28,7 +28,7 @@ CHANGED_LINES_OF_9 = {
     "noise_schedule.py": 4,
     "noise_network.py": 29,
     "loss.py": 10,
-    "sampler.py": 25,
+    "sampler.py": 26,
     "likelihood.py": 29,
     "sample.py": 15,
     "train_mnist.py": 40,

@@ -254,6 +254,18 @@ def test_a_certain_pixel_wants_a_variance_below_beta_tilde():
         assert cost == pytest.approx(-math.log2(0.5 * (1 + math.erf(1 / 255 / sigma / math.sqrt(2)))), rel=1e-6)
 
 
+def test_what_a_certain_black_pixel_must_cost():
+    """x_0 = -1 and a perfect network: the half of the bell inside the bin, and the mismatch of a fixed variance."""
+    x_0, beta_tilde = torch.full((1, 1, 2, 2), -1.0, dtype=torch.float64), posterior(COSINE)[2]
+    L_0 = -math.log2(0.5 * (1 + math.erf(1 / 255 / math.sqrt(2 * beta_tilde[1]))))
+    mismatch = (0.5 * ((COSINE / beta_tilde).log() - 1 + beta_tilde / COSINE) / math.log(2))[1:].sum()
+    for variance, expected in (("small", L_0), ("large", L_0 + float(mismatch))):
+        network = gaussian_network(COSINE, -1, 0.0, v=0.0)
+        found = float(bits_per_dim(network, x_0, COSINE, variance=variance)[0, :-1].sum())  # without the prior
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert round(expected, 2) == {"small": 0.32, "large": 0.76}[variance]  # as on the page
+
+
 # Sampling
 
 
