@@ -18,7 +18,7 @@ CHANGED_LINES = {  # at most, and with a docstring of its own each file has
     "noise_scales.py": 6,
     "score_network.py": 46,  # i leaves every signature: Technique 3
     "loss.py": 0,
-    "sampler.py": 26,
+    "sampler.py": 25,
     "sample.py": 40,
     "train_mnist.py": 31,
 }

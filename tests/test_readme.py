@@ -162,6 +162,13 @@ def test_the_quoted_changes_are_in_the_files(lessons):
                 assert "\n".join(lines) in source, f"{file}: {hunk}"
 
 
+@pytest.mark.parametrize("page, most", [("", 1500), ("lesson_03_ncsn", 2600), ("lesson_04_ncsnv2", 2600)])
+def test_a_page_is_short(page, most):
+    """Words with a letter or a digit, code and formulas among them, but not what GitHub does not show."""
+    shown = re.sub(r"<!--.*?-->|\]\([^)]*\)", " ", (ROOT / page / "README.md").read_text(), flags=re.DOTALL)
+    assert len([word for word in re.split(r"[\s|]+", shown) if re.search(r"\w", word)]) <= most
+
+
 def test_every_exercise_has_an_outcome():
     for name in LESSONS:
         exercises = re.split(r"^\d\. ", section(readme(name), "Exercises"), flags=re.MULTILINE)[1:]
