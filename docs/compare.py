@@ -7,7 +7,7 @@ out. `backbone` trains. Adds lines to docs/compare.csv after each measurement, a
 """
 
 import importlib
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +29,7 @@ from common.checkpoint import load_lesson, load_network
 from common.cli import run
 from common.config import check_choice, check_range
 from common.digit_metrics import digit_features, frechet_distance, precision_recall
+from common.errors import LessonError
 from common.machine import choose_device, sampling_precision
 from common.play import sample_all
 from common.run import Run
@@ -73,11 +74,15 @@ def calls(name: str, table: Table) -> None:
             score(table, f"{name}, {sampler}", K, lesson, network, config, found["image_shape"], sampler)
 
 
-def timed(*command) -> float:
-    """The seconds that a command takes in a process of its own."""
+def timed(*command) -> tuple[float, float]:
+    """The seconds that a command takes in a process of its own, and the gigabytes of memory."""
     begin = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begin
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)  # which says what this process has used
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise LessonError(f"{Path(command[0]).name} failed, with status {process.returncode}")
+    return time.perf_counter() - begin, used.ru_maxrss / 1e6  # kilobytes, on Linux
 
 
 def cost(name: str, table: Table) -> None:
@@ -90,19 +95,18 @@ def cost(name: str, table: Table) -> None:
     sampler, K = SAMPLERS[name][3]
     with tempfile.TemporaryDirectory() as folder:
         flags = ROOT / name / "train_mnist.py", "--preview-every", 10_000, "--output", folder, "--overwrite"
-        few, more = (timed(*flags, "--steps", steps) for steps in (20, 140))
-        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # kilobytes, of the largest process so far
+        (few, _), (more, gigabytes) = (timed(*flags, "--steps", steps) for steps in (20, 140))
         sampling = ROOT / name / "sample.py", "--sampler", sampler, "--output", f"{folder}/drawn.png"
-        startup = timed(ROOT / name / "sample.py", "--info")
-        seconds = timed(*sampling, "--calls", K, "--checkpoint", checkpoint(name, 0)) - startup
+        startup, _ = timed(ROOT / name / "sample.py", "--info")
+        seconds, _ = timed(*sampling, "--calls", K, "--checkpoint", checkpoint(name, 0))
     table.add(
         name,
         0,
         parameters=sum(p.numel() for p in network.parameters()),
         images=config["steps"] * config["batch_size"],
         rate=120 * config["batch_size"] / (more - few),
-        gigabytes=memory / 1e6,
-        seconds=seconds,
+        gigabytes=gigabytes,
+        seconds=seconds - startup,
     )
 
 
@@ -182,7 +186,7 @@ def main() -> None:
         function, n = EXPERIMENTS[each]
         print(f"{each}: {function.__doc__}", flush=True)
         n = options.num or (8 if options.smoke else n)
-        for seed in SEEDS if each == "calls" else SEEDS[:1]:
+        for seed in SEEDS[:1] if each == "cost" or options.smoke else SEEDS:
             for name in options.lessons:
                 function(name, Table(options.output / "compare.csv", each, n, seed, False, options.smoke))
 

@@ -1,7 +1,7 @@
 """Pictures for lesson 7: `python docs/figures_sde.py`, or with the names of some.
 
 lesson_07_sdes and lesson_07_paths need no trained network. lesson_07_calls reads docs/score_sde.csv, which
-`python docs/score_sde.py` writes; lesson_07_guidance takes the weights that come with the lesson.
+`python docs/score_sde.py` writes; lesson_07_likely and lesson_07_guidance take the weights that come with the lesson.
 """
 
 import math
@@ -22,6 +22,7 @@ from common.cli import run
 from common.data import load_images
 from common.machine import choose_device
 from common.noise import SeededNoise
+from lesson_07_score_sde.likelihood import bits_per_dim, dequantise, log_likelihood
 from lesson_07_score_sde.sampler import predict, probability_flow
 from lesson_07_score_sde.sde import VE, VP, SubVP
 
@@ -120,10 +121,29 @@ def guidance(path: Path) -> None:
     save(figure, path)
 
 
+def likely(path: Path, n: int = 200) -> None:
+    """Of n test digits, the ten that take the fewest bits and the ten that take the most."""
+    seven = load(LESSON, str(DOCS.parent / LESSON / "pretrained.pt"))
+    digits = load_images("mnist", "test")[:n].to(choose_device()) / 255
+    x = dequantise(digits, SeededNoise(range(n)))
+    probes = [SeededNoise(range(n + k, n + k + 50)) for k in range(0, n, 50)]  # other numbers than the levels have
+    log_p = [log_likelihood(seven.float32, part, 0.001, seven.sigma_max, generator=probe)
+             for part, probe in zip(x.split(50), probes)]  # fmt: skip
+    bits = bits_per_dim(torch.cat(log_p), digits[0].numel()).cpu()
+    order = bits.argsort()
+    figure = Figure(figsize=(6, 1.5), layout="constrained")
+    for panel, some in zip(figure.subplots(2, 1), (order[:10], order[-10:])):
+        show_grid(panel, digits.cpu()[some][None])
+        low, high = bits[some].min(), bits[some].max()
+        panel.set_ylabel(f"{low:.2f} to {high:.2f}", rotation=0, ha="right", va="center", fontsize=12)
+    save(figure, path)
+
+
 FIGURES = {
     "lesson_07_sdes": sdes,
     "lesson_07_paths": paths,
     "lesson_07_calls": calls,
+    "lesson_07_likely": likely,
     "lesson_07_guidance": guidance,
 }
 

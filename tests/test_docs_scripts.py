@@ -248,6 +248,14 @@ def test_the_variance_that_few_steps_leave():
         assert figures_ddpm.variance_left(K, "true") == pytest.approx(0.25, rel=1e-3)
 
 
+def test_the_likeliest_digits_and_the_least_likely(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures_sde, "log_likelihood", lambda score, x, *_, **how: 1000 - x.flatten(1).sum(1))
+    monkeypatch.setattr(figures_sde, "show_grid", lambda panel, images: shown.append(images[0].sum((1, 2, 3))))
+    figures_sde.likely(tmp_path / "figure.png", n=60)
+    assert shown[0].max() < shown[1].min()  # here, ink makes a digit unlikely
+
+
 @pytest.mark.parametrize("name", ["lesson_05_forward", "lesson_07_sdes", "lesson_07_paths", "lesson_09_schedules"])
 def test_figures_of_lessons_5_to_9(name, tmp_path):
     {**figures_ddpm.FIGURES, **figures_sde.FIGURES}[name](tmp_path / "figure.png")
