@@ -21,6 +21,7 @@ import figures_ddpm
 import figures_sde
 import gpu
 import measure
+import others
 import techniques
 
 from common.errors import LessonError
@@ -246,6 +247,16 @@ def test_the_variance_that_few_steps_leave():
             _, expected = test_ddpm.chain_of(0.3, 0.5, 1 - kept[1:] / kept[:-1], variance)
             assert figures_ddpm.variance_left(K, variance) == pytest.approx(expected, rel=1e-9)
         assert figures_ddpm.variance_left(K, "true") == pytest.approx(0.25, rel=1e-3)
+
+
+def test_other_peoples_code_gets_its_time_and_its_samples_are_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(others.CODES, "mine", lambda budget, num: torch.full((num, 1, 28, 28), float(budget.left())))
+    output = tmp_path / "x.pt"
+    monkeypatch.setattr("sys.argv", ["others.py", "mine", "--num", "5", "--output", str(output)])
+    others.main()
+    assert torch.equal(torch.load(output), torch.ones(5, 1, 28, 28))
+    assert not others.Budget(0).left()
+    assert run_script("others.py", "nonsense").status == 1
 
 
 def test_the_likeliest_digits_and_the_least_likely(tmp_path, monkeypatch):
