@@ -12,7 +12,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, an
 
 from loss import noisy_image
 from noise_network import NoiseNetwork
-from noise_schedule import alpha_bars, cosine_betas, linear_betas, respaced_betas
+from noise_schedule import alpha_bars, cosine_betas, linear_betas, respaced_betas, spaced_timesteps
 from sampler import ancestral_sampling, clean_image, ddim_sampling, inpaint
 
 from common.errors import LessonError
@@ -48,7 +48,7 @@ def some_timesteps(config, calls: int) -> Tensor:
     """As many timesteps (K,) long as there are calls, evenly chosen, ascending. LessonError if that cannot be."""
     if not 2 <= calls <= config.T:
         raise LessonError(f"--calls {calls}: with T = {config.T}, a chain takes 2 to {config.T} steps, one call each")
-    return evenly(config.T, calls)
+    return spaced_timesteps(config.T, calls)
 
 
 def to_pictures(x: Tensor) -> Tensor:

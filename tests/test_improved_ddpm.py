@@ -93,6 +93,22 @@ def test_the_cosine_schedule():
         cosine_betas(0)
 
 
+def test_the_linear_schedule_of_other_T_ends_in_as_much_noise_and_is_refused_where_a_beta_is_1():
+    """Sec. 3.2: betas times 1000 / T, so that what is left of the image stays the same."""
+    schedule = script(NINE, "sample").schedule
+    config = SimpleNamespace(T=1000, schedule="linear")
+    left = float(schedule(config)[1][-1])
+    assert torch.equal(schedule(config)[0], LINEAR)
+    for T in (250, 4000):
+        config.T = T
+        betas, abars = schedule(config)
+        assert len(betas) == T and float(betas[0]) == pytest.approx(0.1 / T)
+        assert math.log(float(abars[-1])) == pytest.approx(math.log(left), rel=0.05)
+    config.T = 20  # 1000 / 20 times 0.02 is 1
+    with pytest.raises(ValueError, match="beta_20 = 1"):
+        schedule(config)
+
+
 def test_kept_timesteps_have_both_ends_and_are_evenly_spaced():
     assert spaced_timesteps(1000, 10).tolist() == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
     assert torch.equal(spaced_timesteps(50, 50), torch.arange(50))
@@ -252,6 +268,16 @@ def test_a_certain_pixel_wants_a_variance_below_beta_tilde():
     for v, cost in zip((1.0, 0.0), costs):  # half of the bell, and what is within half a bin of its middle
         sigma = math.sqrt(LINEAR[0] if v else posterior(LINEAR)[2][1])
         assert cost == pytest.approx(-math.log2(0.5 * (1 + math.erf(1 / 255 / sigma / math.sqrt(2)))), rel=1e-6)
+
+
+def test_the_bound_of_a_respaced_chain_is_that_of_its_betas():
+    """And the network is told the original timesteps."""
+    kept = spaced_timesteps(1000, 20)
+    betas, x_0 = respaced_betas(LINEAR, kept), normal(2, 1, 3, 3).clamp(-1, 1)
+    noise = lambda: torch.Generator().manual_seed(5)
+    whole = bits_per_dim(gaussian_network(betas), x_0, betas, clip=False, generator=noise())
+    told = bits_per_dim(gaussian_network(betas, told=kept), x_0, betas, kept, clip=False, generator=noise())
+    assert torch.equal(whole, told) and whole.shape == (2, 21)
 
 
 def test_what_a_certain_black_pixel_must_cost():
