@@ -84,8 +84,4 @@ def agreed(value):
 
 def largest(value: int, device: torch.device) -> int:
     """The largest of the processes' values."""
-    if world() == 1:
-        return value
-    number = torch.tensor(value, device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return int(number)
+    return int(gather(torch.tensor([value], device=device)).max())
