@@ -8,6 +8,7 @@ for a few steps, too. Adds lines to docs/improved_ddpm.csv after each measuremen
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,30 +109,36 @@ def trained(steps: int, seed: int, *flags: str) -> SimpleNamespace:
 
 def gradient(table: Table, nine: SimpleNamespace) -> None:
     """How noisy is the gradient of each objective? Trace of its covariance over its squared length, batches of 64."""
-    gradient_noise(table, nine, "")
+    gradient_noise(table, lambda: nine, "")
     for steps in EARLY[: 1 if table.smoke else None]:
-        when, flags = f", step {steps}", ("--decay", "constant", *(["--smoke"] if table.smoke else []))
-        if table.missing(f"hybrid, uniform{when}", [64]):
-            gradient_noise(table, trained(steps, table.seed, *flags), when)
+        flags = "--decay", "constant", *(["--smoke"] if table.smoke else [])
+        gradient_noise(table, lambda steps=steps, flags=flags: trained(steps, table.seed, *flags), f", step {steps}")
 
 
-def gradient_noise(table: Table, nine: SimpleNamespace, when: str) -> None:
-    """Adds a line for each objective, unless they are there."""
-    if not table.missing(f"hybrid, uniform{when}", [64]):
+OBJECTIVES = {
+    "hybrid, uniform": (hybrid_loss, False),
+    "hybrid, importance": (hybrid_loss, True),  # the same p_t, of the terms of the bound
+    "vlb, uniform": (bound_term, False),
+    "vlb, importance": (bound_term, True),
+}
+
+
+def gradient_noise(table: Table, of: Callable[[], SimpleNamespace], when: str) -> None:
+    """Adds a line for each of OBJECTIVES, unless it is there. of: returns the network."""
+    wanted = [name for name in OBJECTIVES if table.missing(f"{name}{when}", [64])]
+    if not wanted:
         return
-    T, images, generator = len(nine.betas), load_images("mnist"), torch.Generator().manual_seed(table.seed)
-    network, aware = nine.network.network.train(), LossAwareTimesteps(T)
+    nine, images, generator = of(), load_images("mnist"), torch.Generator().manual_seed(table.seed)
+    T, network = len(nine.betas), nine.network.network.train()
+    aware = LossAwareTimesteps(T)
     with torch.no_grad():  # its history, ten losses for each t
         for _ in range(10):
             for t in torch.arange(T).split(100):
                 x_0 = images[torch.randint(len(images), t.shape, generator=generator)] / 127.5 - 1
                 aware.update(t, bound_term(nine.network, x_0, nine.betas, t, noise_like(x_0, generator)))
-    for name, loss, chooser in (
-        ("hybrid, uniform", hybrid_loss, UniformTimesteps(T)),
-        ("vlb, uniform", bound_term, UniformTimesteps(T)),
-        ("vlb, importance", bound_term, aware),
-    ):
-        gradients = []
+    for name in wanted:
+        loss, importance = OBJECTIVES[name]
+        chooser, gradients = aware if importance else UniformTimesteps(T), []
         for _ in range(3 if table.smoke else 100):
             x_0 = images[torch.randint(len(images), (64,), generator=generator)] / 127.5 - 1
             t, weight = chooser.draw(64, generator)

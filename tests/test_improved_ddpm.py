@@ -32,7 +32,7 @@ from lesson_09_improved_ddpm.noise_schedule import (
 from lesson_09_improved_ddpm.sampler import ancestral_sampling, ddim_sampling
 from lesson_09_improved_ddpm.timestep_sampler import LossAwareTimesteps, UniformTimesteps
 from tests.running import quick, read_checkpoint, script
-from tests.test_ddpm import gray_levels, whole_bound
+from tests.test_ddpm import expected_terms, gray_levels, whole_bound
 
 pytestmark = pytest.mark.lessons("lesson_09_improved_ddpm")
 NINE = "lesson_09_improved_ddpm"
@@ -415,6 +415,21 @@ def test_the_weighted_loss_is_unbiased_and_less_noisy():
     weighted = weights * losses[t]
     assert float(weighted.mean()) == pytest.approx(float(losses.mean()), rel=0.01)
     assert weighted.std() < 0.1 * losses.std()  # with p ~ L it would be zero, but for the thousandth
+
+
+def test_importance_sampling_makes_the_bound_of_a_normal_pixel_a_hundred_times_less_noisy():
+    """The second moment of the estimate of the sum of all L_t from one t; L_1 of a decoder of 256 levels."""
+    error = S**2 * (1 - ABAR_1) / (ABAR_1 * S**2 + 1 - ABAR_1)
+    sigma2 = float(posterior(LINEAR)[2][1])
+    first = (0.5 * math.log(2 * math.pi * sigma2) + error / (2 * sigma2) + math.log(127.5)) / math.log(2)
+    L = torch.cat([torch.tensor([first]), expected_terms(MU, S, LINEAR, "large")])
+    timesteps = LossAwareTimesteps(1000)
+    for _ in range(10):
+        timesteps.update(torch.arange(1000), L)
+    p = timesteps.probabilities()
+    uniform, importance = 1000 * L.square().sum(), (L.square() / p).sum()
+    assert round(float(uniform / importance), -1) == 110  # as on the page
+    assert float(importance / L.sum() ** 2) == pytest.approx(1, abs=0.01)  # hardly any noise is left
 
 
 def test_the_history_goes_on_after_a_resume():
