@@ -39,7 +39,7 @@ SAMPLERS = {  # a lesson's best sampler of about 10, 25, 50, 100 and 1000 networ
     "lesson_03_ncsn": [("langevin", K) for K in (10, 20, 50, 100, 1000)],
     "lesson_04_ncsnv2": [*(("consistent", K) for K in (10, 25, 50, 97)), ("langevin", 961)],
     "lesson_05_ddpm": [("ancestral", K) for K in (10, 25, 50, 100, 1000)],
-    "lesson_07_score_sde": [*(("consistent", K) for K in (10, 25, 50, 100)), ("predictor_corrector", 999)],
+    "lesson_07_score_sde": [("heun", 9), *(("consistent", K) for K in (25, 50, 100)), ("predictor_corrector", 999)],
     "lesson_09_improved_ddpm": [("ancestral", K) for K in (10, 25, 50, 100, 1000)],
 }
 SEEDS = (0, 1, 2)
