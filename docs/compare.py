@@ -75,10 +75,13 @@ def calls(name: str, table: Table) -> None:
 
 
 def timed(*command) -> tuple[float, float]:
-    """The seconds that a command takes in a process of its own, and the gigabytes of memory."""
+    """The seconds that a command takes in a process of its own, and the gigabytes of memory at most.
+
+    At most, because Linux counts what this script itself has when it starts the process.
+    """
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)  # which says what this process has used
+    _, status, used = os.wait4(process.pid, 0)  # of this process alone, and not of all before it
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise LessonError(f"{Path(command[0]).name} failed, with status {process.returncode}")

@@ -9,6 +9,7 @@ Each is used as its README or its example for small gray pictures says, but for 
 samples as a tensor, for `python -m common.evaluate`.
 """
 
+import math
 import sys
 import time
 from argparse import ArgumentParser
@@ -58,7 +59,7 @@ def denoising_diffusion_pytorch(budget: Budget, num: int) -> Tensor:
         budget.images += 64
     torch.manual_seed(1)
     with torch.no_grad():
-        samples = torch.cat([ema.ema_model.eval().sample(batch_size=50) for _ in range(-(-num // 50))])
+        samples = torch.cat([ema.ema_model.eval().sample(batch_size=50) for _ in range(math.ceil(num / 50))])
     return samples[:num, :, 2:-2, 2:-2]
 
 
@@ -82,8 +83,9 @@ def smalldiffusion(budget: Budget, num: int) -> Tensor:
     torch.manual_seed(1)
     how = {"gam": 1.6, "batchsize": 250, "accelerator": accelerator}
     with ema.average_parameters(), torch.no_grad():
-        several = [list(samples(network.eval(), schedule.sample_sigmas(20), **how))[-1] for _ in range(-(-num // 250))]
-    return (torch.cat(several)[:num] + 1) / 2
+        network.eval()
+        parts = [list(samples(network, schedule.sample_sigmas(20), **how))[-1] for _ in range(math.ceil(num / 250))]
+    return (torch.cat(parts)[:num] + 1) / 2
 
 
 CODES = {"denoising-diffusion-pytorch": denoising_diffusion_pytorch, "smalldiffusion": smalldiffusion}

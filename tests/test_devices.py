@@ -125,9 +125,7 @@ def test_timesteps(lesson, fake):
 def test_losses_and_choices_of_t_of_lesson_9(lesson, fake, loss, chooser):
     network, config = a_network(lesson)
     timesteps, (x, _) = getattr(script(lesson.name), chooser)(1000), noisy()
-    for tensor in (t_and_weight := timesteps.draw(4, OnTheGpu())):
-        on_the_gpu(tensor)
-    t, weight = t_and_weight
+    t, weight = (on_the_gpu(tensor) for tensor in timesteps.draw(4, OnTheGpu()))
     betas = torch.empty(1000, dtype=torch.float64)
     found = getattr(lesson.loss, loss)(network, x, betas, t, on_the_gpu(noise_like(x)))
     on_the_gpu(weight * found)
@@ -135,11 +133,9 @@ def test_losses_and_choices_of_t_of_lesson_9(lesson, fake, loss, chooser):
 
 @pytest.mark.lessons(*DIFFUSION)
 def test_the_bound(lesson, fake):
-    network, _ = a_network(lesson)
-    assert (
-        on_the_gpu(lesson.likelihood.bits_per_dim(network, noisy()[0], torch.empty(3, dtype=torch.float64))).shape[1]
-        == 4
-    )
+    (network, _), (x, _) = a_network(lesson), noisy()
+    bits = lesson.likelihood.bits_per_dim(network, x, torch.empty(3, dtype=torch.float64))
+    assert on_the_gpu(bits).shape == (4, 4)  # four images; L_0, L_1, L_2 and the prior term
 
 
 def test_each_sampler(lesson, fake, monkeypatch):

@@ -249,6 +249,13 @@ def test_the_variance_that_few_steps_leave():
         assert figures_ddpm.variance_left(K, "true") == pytest.approx(0.25, rel=1e-3)
 
 
+def test_a_command_is_timed_and_may_fail():
+    seconds, gigabytes = compare.timed("-c", "import time; time.sleep(0.2); x = b'x' * 200_000_000")
+    assert seconds > 0.2 < gigabytes
+    with pytest.raises(LessonError, match="status 3"):
+        compare.timed("-c", "raise SystemExit(3)")
+
+
 def test_other_peoples_code_gets_its_time_and_its_samples_are_written(tmp_path, monkeypatch):
     monkeypatch.setitem(others.CODES, "mine", lambda budget, num: torch.full((num, 1, 28, 28), float(budget.left())))
     output = tmp_path / "x.pt"
