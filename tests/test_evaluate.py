@@ -14,6 +14,7 @@ import torch
 import common.bench
 import common.cli
 import common.evaluate
+from common.files import Claim
 from common.machine import choose_device
 from common.noise import SeededNoise
 from tests.running import DIFFUSION, ENVIRONMENT, ROOT, Result, quick, script, some_pictures
@@ -151,7 +152,10 @@ def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
     monkeypatch.setattr(module, "Optimizer", Optimizer)
     monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
     monkeypatch.setattr(sys, "argv", ["bench", lesson.name, "--rounds", "2", "--smoke"])
+    release, released = Claim.release, []
+    monkeypatch.setattr(Claim, "release", lambda claim: released.append(claim) or release(claim))
     common.bench.main()
+    assert len(released) == 2 * 2  # a run's folder is given back, in each round and precision
     out = capsys.readouterr().out
     first = 1 if lesson.name in DIFFUSION else module.PRESETS["smoke"].get("T", 2)  # calls; 2: predictor and corrector
     for precision in ("float32", "bfloat16"):

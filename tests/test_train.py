@@ -217,11 +217,7 @@ def test_smoke_configuration_is_what_the_flags_said(lesson, smoke):
     train_mnist = script(lesson.name)
     saved = json.loads((smoke[0] / "config.json").read_text())
     assert saved["precision"] in ("float32", "bfloat16")
-    chosen = {
-        **train_mnist.PRESETS["smoke"],
-        "output": str(smoke[0]),
-        "precision": saved["precision"],
-    }
+    chosen = {**train_mnist.PRESETS["smoke"], "output": str(smoke[0]), "precision": saved["precision"]}
     assert saved == dataclasses.asdict(train_mnist.Config(**chosen))
     assert read_checkpoint(smoke[0])["config"] == saved
 
