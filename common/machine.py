@@ -79,20 +79,22 @@ def sampling_precision(name: str, trained: str, device: torch.device) -> str:
 
 
 class InBatches:
-    """A network to sample with: it takes any number of images, runs at most 100 at once, in `precision`.
+    """A network to sample with: it takes any number of images, and runs at most `batch_size` at once, in `precision`.
 
     Called as the network is, with x (N, C, H, W) and the noise level of each (N,); returns what that returns, a tensor
     or several. Its attributes are the network's. `bar`, if there is one, is told how many images each call took. Raises
-    Stopped once `stop` is true.
+    Stopped once `stop` is true. Without a batch_size it is 100 on a CPU, for its caches, and 400 elsewhere: a GPU is
+    done with 100 before Python has asked for the next layer.
     """
 
-    def __init__(self, network: torch.nn.Module, precision: str, bar=None, batch_size: int = 100, stop=False):
+    def __init__(self, network: torch.nn.Module, precision: str, bar=None, batch_size: int | None = None, stop=False):
         self.network, self.precision, self.bar, self.batch_size = network, precision, bar, batch_size
         self.stop = stop
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         parts = []
-        for a, b in zip(x.split(self.batch_size), level.split(self.batch_size), strict=True):
+        batch_size = self.batch_size or (100 if x.device.type == "cpu" else 400)
+        for a, b in zip(x.split(batch_size), level.split(batch_size), strict=True):
             if self.stop:
                 raise Stopped
             with autocast(x.device, self.precision):

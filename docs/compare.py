@@ -1,19 +1,18 @@
 """The five lessons on equal terms: `python docs/compare.py`, or names of some of its experiments.
 
 `calls` and `cost` take the weights of the lesson runs: pretrained.pt is seed 0, and seed 1 and 2 are in output_1 and
-output_2 of a lesson's folder (`python train_mnist.py --seed 1 --output output_1`); those that are not there are left
-out. `backbone` trains. Adds lines to docs/compare.csv after each measurement, and leaves out those that are there;
-`python docs/figures.py compare` makes a picture of them. The seed of a line is that of the training.
+output_2 of a lesson's folder (`python train_mnist.py --seed 1 --output output_1`); `ten minutes` takes output_ten
+(`python train_mnist.py --minutes 10 --output output_ten`). What is not there is left out. `backbone` trains. Adds lines
+to docs/compare.csv after each measurement, and leaves out those that are there; `python docs/figures.py compare` makes
+a picture of them. The seed of a line is that of the training.
 """
 
-import importlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from techniques import Table, real_features
+from techniques import Table, real_features, train_lesson
 
 from common.checkpoint import load_lesson, load_network
 from common.cli import run
@@ -32,7 +31,6 @@ from common.digit_metrics import digit_features, frechet_distance, precision_rec
 from common.errors import LessonError
 from common.machine import choose_device, sampling_precision
 from common.play import sample_all
-from common.run import Run
 from lesson_05_ddpm.noise_network import NoiseNetwork
 
 SAMPLERS = {  # a lesson's best sampler of about 10, 25, 50, 100 and 1000 network calls
@@ -63,10 +61,11 @@ def score(table: Table, setting: str, K: int, lesson: ModuleType, network, confi
 
 def calls(name: str, table: Table) -> None:
     """How good are the digits after so many network calls, by the lesson's best sampler for them?"""
-    path = checkpoint(name, table.seed)
+    ten_minutes = table.experiment == "ten minutes"
+    path = ROOT / name / "output_ten" / "checkpoint.pt" if ten_minutes else checkpoint(name, table.seed)
     if not path.is_file():
         return print(f"  {path} is not there: left out")
-    wanted = SAMPLERS[name][4:] if table.experiment == "many calls" else SAMPLERS[name][:4]
+    wanted = {"calls": SAMPLERS[name][:4], "many calls": SAMPLERS[name][4:]}.get(table.experiment, SAMPLERS[name])
     for sampler, K in wanted[: 1 if table.smoke else None]:
         for _ in table.missing(f"{name}, {sampler}", [K]):
             lesson = load_lesson(name)
@@ -143,24 +142,19 @@ def backbone(name: str, table: Table) -> None:
     steps = 3 if table.smoke else FEW_STEPS
     if not table.missing(f"{name}, {SAMPLERS[name][2][0]}", [SAMPLERS[name][2][1]]):
         return
-    lesson, train_mnist = load_lesson(name), importlib.import_module("train_mnist")
-    if "ddpm" not in name:  # lessons 5 and 9 have it already
-        make = lambda config, channels, weights: Backbone(channels, weights, told=name != "lesson_04_ncsnv2")
-        lesson.make_network = train_mnist.make_network = make
+    make = lambda config, channels, weights: Backbone(channels, weights, told=name != "lesson_04_ncsnv2")
+    make = None if "ddpm" in name else make  # lessons 5 and 9 have it already
     changes = {"scale_shift": False} if name == "lesson_09_improved_ddpm" else {}
-    with tempfile.TemporaryDirectory() as folder:
-        how = dict(steps=steps, batch_size=BATCH, preview_every=10_000, seed=table.seed, output=folder)
-        with closing(Run(train_mnist.Config(**how, **changes), lesson.LESSON)) as training:
-            none = 2 * [torch.zeros(1, *training.image_shape)]  # the last pictures, which take minutes
-            training.last_pictures = lambda frames: none
-            train_mnist.train(training.config, training)
+    lesson, training = train_lesson(name, make, steps=steps, batch_size=BATCH, seed=table.seed, **changes)
     network = training.parts.get("ema", training.parts["network"]).eval()
     for sampler, K in SAMPLERS[name][2:4]:
         K = min(K, 20) if table.smoke else K
         score(table, f"{name}, {sampler}", K, lesson, network, training.config, training.image_shape, sampler)
 
 
-EXPERIMENTS = {"calls": (calls, 1000), "cost": (cost, 64), "backbone": (backbone, 1000), "many calls": (calls, 1000)}
+EXPERIMENTS = {"calls": (calls, 1000), "cost": (cost, 64), "backbone": (backbone, 1000), "many calls": (calls, 1000),
+               "ten minutes": (calls, 1000)}  # fmt: skip
+ONE_SEED = ("cost", "ten minutes")
 
 
 def read_options(parser: ArgumentParser, experiments: dict) -> Namespace:
@@ -189,7 +183,7 @@ def main() -> None:
         function, n = EXPERIMENTS[each]
         print(f"{each}: {function.__doc__}", flush=True)
         n = options.num or (8 if options.smoke else n)
-        for seed in SEEDS[:1] if each == "cost" or options.smoke else SEEDS:
+        for seed in SEEDS[:1] if each in ONE_SEED or options.smoke else SEEDS:
             for name in options.lessons:
                 function(name, Table(options.output / "compare.csv", each, n, seed, False, options.smoke))
 

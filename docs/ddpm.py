@@ -56,7 +56,7 @@ def load(name: str, path: str, smoke: bool = False) -> SimpleNamespace:
     network, config, _ = load_network(lesson, path, choose_device())
     if smoke:
         config.width, config.T, config.beta_T = 8, 20, 0.5
-        network = lesson.make_network(config, 1, {}).eval()
+        network = lesson.make_network(config, 1, {}).to(choose_device()).eval()
     precision = sampling_precision("auto", config.precision, choose_device())
     betas, alpha_bars = lesson.schedule(config)
     return SimpleNamespace(network=InBatches(network, precision), config=config, betas=betas, alpha_bars=alpha_bars)

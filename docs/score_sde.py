@@ -50,7 +50,7 @@ def load(name: str, path: str, smoke: bool = False) -> SimpleNamespace:
     network, config, _ = load_network(lesson, path, choose_device())
     if smoke:
         config.width, config.N = 4, 4
-        network = lesson.make_network(config, 1, {"sigma_max": network.sigma_max}).eval()
+        network = lesson.make_network(config, 1, {"sigma_max": network.sigma_max}).to(choose_device()).eval()
     precision = sampling_precision("auto", config.precision, choose_device())
     config.digit = config.guidance = None
     return SimpleNamespace(
