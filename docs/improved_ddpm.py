@@ -129,19 +129,24 @@ def gradient_noise(table: Table, of: Callable[[], SimpleNamespace], when: str) -
     if not wanted:
         return
     nine, images, generator = of(), load_images("mnist"), torch.Generator().manual_seed(table.seed)
-    T, network = len(nine.betas), nine.network.network.train()
+    T, network, device = len(nine.betas), nine.network.network.train(), choose_device()
     aware = LossAwareTimesteps(T)
+
+    def batch(size):
+        """Training images (size, 1, 28, 28) in [-1, 1], drawn on the CPU and moved, as t and the noise are."""
+        return images[torch.randint(len(images), (size,), generator=generator)].to(device) / 127.5 - 1
+
     with torch.no_grad():  # its history, ten losses for each t
         for _ in range(10):
             for t in torch.arange(T).split(100):
-                x_0 = images[torch.randint(len(images), t.shape, generator=generator)] / 127.5 - 1
-                aware.update(t, bound_term(nine.network, x_0, nine.betas, t, noise_like(x_0, generator)))
+                x_0 = batch(len(t))
+                aware.update(t, bound_term(nine.network, x_0, nine.betas, t.to(device), noise_like(x_0, generator)))
     for name in wanted:
         loss, importance = OBJECTIVES[name]
         chooser, gradients = aware if importance else UniformTimesteps(T), []
         for _ in range(3 if table.smoke else 100):
-            x_0 = images[torch.randint(len(images), (64,), generator=generator)] / 127.5 - 1
-            t, weight = chooser.draw(64, generator)
+            x_0 = batch(64)
+            t, weight = (each.to(device) for each in chooser.draw(64, generator))
             network.zero_grad()
             (weight * loss(network, x_0, nine.betas, t, noise_like(x_0, generator))).mean().backward()
             gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).double())
@@ -176,7 +181,7 @@ def ablation(table: Table, nine: SimpleNamespace) -> None:
             flags = (*flags, "--smoke")
         changed = trained(steps, table.seed, *flags)
         variance, K = changed.config.variance, len(changed.betas)
-        some = load_images("mnist", "test")[:50] / 127.5 - 1
+        some = load_images("mnist", "test")[:50].to(choose_device()) / 127.5 - 1
         value = fid(sample(changed, table, min(50, K), variance))
         table.add(name, steps, fid=value, bits=float(bound(changed, some, K, table.seed)[variance].sum()))
 

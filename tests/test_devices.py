@@ -154,6 +154,13 @@ def test_each_sampler(lesson, fake, monkeypatch):
             on_the_gpu(frame)
 
 
+@pytest.mark.parametrize("device, sizes", [("cpu", [100, 100, 100, 100, 50]), ("cuda", [400, 50])])
+def test_a_gpu_takes_more_images_at_once(fake, device, sizes):
+    x, seen = torch.empty(450, 1, 4, 4, device=device), []
+    InBatches(lambda x, level: seen.append(len(x)) or x, "float32")(x, x[:, 0, 0, 0])
+    assert seen == sizes
+
+
 def test_inpainting_and_denoising(lesson, fake, monkeypatch):
     module, (network, config), (x, _) = script(lesson.name, "sample"), a_network(lesson), noisy()
     monkeypatch.setattr(module, "step_size_for_all_scales", lambda sigmas, T: 0.1, raising=False)
