@@ -195,7 +195,7 @@ def prediction(table: Table, five: SimpleNamespace) -> None:
     T, betas, device = len(five.betas), five.betas, choose_device()
     train_mnist = importlib.import_module("train_mnist")  # the lesson's: `load` has put its folder first
     config = copy.copy(five.config)
-    config.steps = 3 if table.smoke else 800
+    config.steps, config.batch_size = (3, 8) if table.smoke else (800, config.batch_size)
     images = load_images("mnist").to(device)
     c1, c2, _ = posterior(betas)
     tables = {"a": five.alpha_bars.sqrt(), "s": (1 - five.alpha_bars).sqrt(), "c1": c1, "c2": c2}

@@ -5,9 +5,7 @@ for a few steps, too. Adds lines to docs/improved_ddpm.csv after each measuremen
 `python docs/figures_ddpm.py` makes pictures of them.
 """
 
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +16,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ddpm import GROUPS, called_once, load, measure
-from techniques import Table, fid
+from ddpm import GROUPS, called_once, measure
+from techniques import Table, fid, train_lesson
 
 from common.cli import run
 from common.data import load_images
-from common.machine import choose_device
+from common.machine import InBatches, choose_device
 from common.noise import noise_like
 from common.play import evenly
 from lesson_09_improved_ddpm.likelihood import prior_term, terms
@@ -98,21 +96,20 @@ def v(table: Table, nine: SimpleNamespace) -> None:
         table.add("all", t, v=float(learned.mean()))
 
 
-def trained(steps: int, seed: int, *flags: str) -> SimpleNamespace:
-    """A network that train_mnist.py has trained with these flags, as `load` returns it."""
-    with tempfile.TemporaryDirectory() as output:
-        how = ("--steps", steps, "--preview-every", 10_000, "--seed", seed, "--output", output)
-        command = [sys.executable, "train_mnist.py", *flags, *how]
-        subprocess.run([str(word) for word in command], cwd=ROOT / LESSON, check=True, stdout=subprocess.DEVNULL)
-        return load(LESSON, str(Path(output) / "checkpoint.pt"))
+def trained(table: Table, steps: int, **how) -> SimpleNamespace:
+    """A network that train_mnist.py has trained with a configuration, as `load` of docs/ddpm.py returns it."""
+    how |= {"batch_size": 16, "width": 8, "T": 30} if table.smoke else {}
+    lesson, training = train_lesson(LESSON, steps=3 if table.smoke else steps, seed=table.seed, **how)
+    network = InBatches(training.parts["ema"].requires_grad_().eval(), training.precision)
+    betas, alpha_bars = lesson.schedule(training.config)
+    return SimpleNamespace(network=network, config=training.config, betas=betas, alpha_bars=alpha_bars)
 
 
 def gradient(table: Table, nine: SimpleNamespace) -> None:
     """How noisy is the gradient of each objective? Trace of its covariance over its squared length, batches of 64."""
     gradient_noise(table, lambda: nine, "")
     for steps in EARLY[: 1 if table.smoke else None]:
-        flags = "--decay", "constant", *(["--smoke"] if table.smoke else [])
-        gradient_noise(table, lambda steps=steps, flags=flags: trained(steps, table.seed, *flags), f", step {steps}")
+        gradient_noise(table, lambda steps=steps: trained(table, steps, decay="constant"), f", step {steps}")
 
 
 OBJECTIVES = {
@@ -157,29 +154,26 @@ def gradient_noise(table: Table, of: Callable[[], SimpleNamespace], when: str) -
     network.eval()
 
 
-FIVE = ("--objective", "simple", "--schedule", "linear", "--no-scale-shift", "--variance", "small")
+FIVE = {"objective": "simple", "variance": "small"}
+OLD = {"schedule": "linear", "scale_shift": False}
 ABLATION = {
-    "lesson 5": FIVE,
-    "cosine schedule": (*FIVE[:2], *FIVE[4:]),
-    "learned variance, hybrid": ("--schedule", "linear", "--no-scale-shift"),
-    "scale-shift norm": (*FIVE[:4], *FIVE[5:]),
-    "vlb, uniform t": ("--objective", "vlb", "--schedule", "linear", "--no-scale-shift"),
-    "vlb, importance sampling": (
-        "--objective", "vlb", "--timesteps", "importance", "--schedule", "linear", "--no-scale-shift",
-    ),
-    "lesson 9": (),
-}  # fmt: skip
+    "lesson 5": {**FIVE, **OLD},
+    "cosine schedule": {**FIVE, "scale_shift": False},
+    "learned variance, hybrid": OLD,
+    "scale-shift norm": {**FIVE, "schedule": "linear"},
+    "vlb, uniform t": {"objective": "vlb", **OLD},
+    "vlb, importance sampling": {"objective": "vlb", "timesteps": "importance", **OLD},
+    "lesson 9": {},
+}
 
 
 def ablation(table: Table, nine: SimpleNamespace) -> None:
     """What is each change worth, alone, after as many steps? Digit FID with 50 calls, and bits/dim of 50 digits."""
     steps = 3 if table.smoke else 600
-    for name, flags in list(ABLATION.items())[: 1 if table.smoke else None]:
+    for name, how in list(ABLATION.items())[: 1 if table.smoke else None]:
         if not table.missing(name, [steps]):
             continue
-        if table.smoke:
-            flags = (*flags, "--smoke")
-        changed = trained(steps, table.seed, *flags)
+        changed = trained(table, steps, **how)
         variance, K = changed.config.variance, len(changed.betas)
         some = load_images("mnist", "test")[:50].to(choose_device()) / 127.5 - 1
         value = fid(sample(changed, table, min(50, K), variance))
