@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 import torch
 
+import common.data
+
 ROOT = Path(__file__).resolve().parents[1]
 PURE = (
     "noise_scales",
@@ -27,6 +29,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n 2`: a core for each
 
 hypothesis.settings.register_profile("the same every time", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("the same every time")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_are_unpacked_once():
+    """Each file of MNIST takes up to half a second, and a test run asks for them a few hundred times."""
+    unpack, unpacked = common.data._mnist_file, {}
+
+    def once(name, header):
+        file = common.data.MNIST_DIR / name  # a test may have its own
+        if file not in unpacked:
+            unpacked[file] = unpack(name, header)
+        return unpacked[file]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.data, "_mnist_file", once)
+        yield
 
 
 @pytest.fixture(autouse=True)
