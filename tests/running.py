@@ -53,7 +53,9 @@ def same_images(a, b, atol: float = 1e-3) -> bool:
 
     On a GPU, whose float32 convolutions round to TF32, single pixels differ more: there their mean has to be the same.
     """
-    difference = (torch.as_tensor(a) - torch.as_tensor(b)).abs()
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    assert a.shape == b.shape
+    difference = (a - b).abs()
     return bool(difference.max() <= atol if choose_device().type == "cpu" else difference.mean() <= 5e-3)
 
 
