@@ -400,31 +400,54 @@ def last_step(three: Trained, four: Trained, table: Table) -> None:
         measure("training digits", 0, load_images("mnist")[some] / 255)
 
 
+def closer_levels(first: float, last: float, n: int, density: float) -> Tensor:
+    """n noise levels (n,), `density` times as close from sigma = 2 to 0.5 as elsewhere, in the logarithm of sigma."""
+    log_sigma = torch.linspace(math.log(first), math.log(last), 100_001)
+    decided = (log_sigma > math.log(0.5)) & (log_sigma < math.log(2))
+    passed = torch.where(decided, density, 1.0).double().cumsum(0)
+    wanted = torch.linspace(0, 1, n, dtype=torch.float64) * passed[-1]
+    return log_sigma[torch.searchsorted(passed, wanted).clamp(max=100_000)].exp()
+
+
 @torch.no_grad()
+def half_way_sampling(score: Callable, x: Tensor, sigmas: Tensor, noise: SeededNoise) -> Tensor:
+    """Consistent sampling on levels (L,) of any ratio: at each step, eta is half-way from DDPM's to 1.
+
+    Lesson 4's `consistent_annealed_sampling` has one eta for all. x has noise of the first level, the result of the
+    last; L - 1 network calls.
+    """
+    for n, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        left = (following / sigma) ** 2 / 2  # 1 - eta: the share of the noise that the step leaves
+        fresh = (following**2 - (left * sigma) ** 2).sqrt()
+        i = torch.full((len(x),), n, device=x.device)
+        x = x + (1 - left) * sigma**2 * score(x, i) + fresh * noise.like(x)
+    return x
+
+
 def calls_where(three: Trained, four: Trained, table: Table) -> None:
     """Are digits better if more of the calls are at the noise levels where they are decided, sigma = 2 to 0.5?
 
-    Consistent sampling, with levels `density` times as close there as elsewhere, in the logarithm of sigma. The eta of
-    each step is half-way from DDPM's to 1, as in lesson 4's sample.py.
+    Consistent sampling with the eta of lesson 4's sample.py, and levels `density` times as close there as elsewhere.
     PREDICTION. 25 calls: a density of 2 is better by 1 to 2 than 1, and 4 is no better than 2. 49 and 97 calls: no
     difference of more than 1.
     """
-    noise_scales = four.network.sigmas
-    log_sigma = torch.linspace(noise_scales[0].log().item(), noise_scales[-1].log().item(), 100_001)
-    decided = (log_sigma > math.log(0.5)) & (log_sigma < math.log(2))
+    ends = four.network.sigmas[[0, -1]]
     for calls in (25, 49, 97)[: 1 if table.smoke else None]:
         for density in table.missing(f"{calls} calls", (0.5, 1, 2, 4)):
-            passed = torch.where(decided, density, 1.0).double().cumsum(0)
-            wanted = torch.linspace(0, 1, calls, dtype=torch.float64) * passed[-1]
-            sigmas = log_sigma[torch.searchsorted(passed, wanted).clamp(max=100_000)].exp().to(noise_scales.device)
+            sigmas = closer_levels(*ends.tolist(), calls, density).to(ends.device)
             score, noise = on_levels(four.network, sigmas), table.noise()
             x = sigmas[0] * noise.like(torch.empty(table.n, 1, 28, 28, device=sigmas.device))
-            for n, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-                left = (following / sigma) ** 2 / 2  # 1 - eta: the share of the noise that the step leaves
-                i = torch.full((table.n,), n, device=sigmas.device)
-                fresh = (following**2 - (left * sigma) ** 2).sqrt()
-                x = x + (1 - left) * sigma**2 * score(x, i) + fresh * noise.like(x)
+            x = half_way_sampling(score, x, sigmas, noise)
             table.add(f"{calls} calls", density, **quality(x, denoise(score, x, sigmas)))
+
+
+def set_dilations(network: nn.Module, dilations: tuple[int, int]) -> nn.Module:
+    """Gives the 3x3 convolutions of the last two stages of lesson 4's network other dilations; returns it."""
+    for stage, dilation in zip(network.stages[2:], dilations, strict=True):
+        for module in stage.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.dilation = module.padding = (dilation, dilation)
+    return network
 
 
 def receptive_field(three: Trained, four: Trained, table: Table) -> None:
@@ -449,19 +472,11 @@ def receptive_field(three: Trained, four: Trained, table: Table) -> None:
         table.add("influence", wanted, half=int((share < 0.5).sum()), most=int((share < 0.9).sum()))
     make = four.lesson.make_network
     for dilations in ((1, 1), (1, 2), (2, 4))[: 1 if table.smoke else None]:
-
-        def with_dilations(*how, dilations=dilations):
-            network = make(*how)
-            for stage, dilation in zip(network.stages[2:], dilations, strict=True):
-                for module in stage.modules():
-                    if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                        module.dilation = module.padding = (dilation, dilation)
-            return network
-
+        changed = lambda *how, dilations=dilations: set_dilations(make(*how), dilations)
         setting = f"dilations {dilations[0]} and {dilations[1]}"
         for _ in table.missing(setting, [dilations[0]]):
             how = {"steps": 3, "batch_size": 8, "width": 4} if table.smoke else {}
-            _, run = train_lesson("lesson_04_ncsnv2", with_dilations, seed=0, **how)
+            _, run = train_lesson("lesson_04_ncsnv2", changed, seed=0, **how)
             trained = four._replace(network=in_batches(run.parts["ema"], run.config))
             table.add(setting, dilations[0], **quality(*sample(trained, table, L=6 if table.smoke else 96)))
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import math
 import re
 import runpy
 import signal
@@ -25,6 +26,9 @@ import others
 import techniques
 
 from common.errors import LessonError
+from common.noise import SeededNoise
+from lesson_04_ncsnv2.sampler import ancestral_eta, consistent_annealed_sampling
+from lesson_04_ncsnv2.score_network import ScoreNetwork
 from lesson_09_improved_ddpm.noise_schedule import spaced_timesteps
 from tests import test_ddpm
 
@@ -153,6 +157,41 @@ def test_the_techniques_run_and_go_on(tmp_path):
     assert "lesson 3: 1: kept" in anew.stdout and "lesson 3: 1: kept" not in again.stdout
 
 
+def test_levels_are_closer_where_the_digit_is_decided():
+    even, closer = (techniques.closer_levels(16.0, 0.01, 97, density) for density in (1, 4))
+    torch.testing.assert_close(even, torch.logspace(math.log10(16), -2, 97), rtol=1e-3, atol=0)
+    inside = lambda sigmas: int(((sigmas > 0.5) & (sigmas < 2)).sum())
+    share = math.log(4) / math.log(1600)
+    assert inside(even) == pytest.approx(97 * share, abs=1)
+    assert inside(closer) == pytest.approx(97 * 4 * share / (1 + 3 * share), abs=1)
+    assert closer[[0, -1]].tolist() == pytest.approx([16, 0.01], rel=1e-3)
+
+
+def test_half_way_sampling_leaves_the_noise_of_the_last_level():
+    """On data at one point, whose score is exact; two levels: a step of lesson 4's sampler, half-way from DDPM's."""
+    sigmas, seeds = torch.tensor([3.0, 1.0, 0.2]), range(400)
+    score = lambda x, i: (0.7 - x) / sigmas[i][:, None, None, None] ** 2
+    x = 0.7 + sigmas[0] * SeededNoise(seeds).like(torch.empty(400, 1, 8, 8))
+    y = techniques.half_way_sampling(score, x, sigmas, SeededNoise(range(400, 800)))
+    assert y.mean() == pytest.approx(0.7, abs=0.01) and y.std() == pytest.approx(0.2, rel=0.02)
+    mine = techniques.half_way_sampling(score, x, sigmas[:2], SeededNoise(seeds))
+    eta = (1 + ancestral_eta(sigmas[:2])) / 2
+    sampler = consistent_annealed_sampling(score, x, sigmas[:2], 1, eta * float(sigmas[1]) ** 2, SeededNoise(seeds))
+    torch.testing.assert_close(mine, next(sampler))
+
+
+def test_dilations_are_those_of_the_last_two_stages():
+    lesson_4 = lambda: ScoreNetwork(torch.tensor([2.0, 1.0]), width=8, blocks=2)
+    dilations = lambda network: [
+        {m.dilation[0] for m in stage.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)}
+        for stage in network.stages
+    ]
+    assert dilations(techniques.set_dilations(lesson_4(), (2, 4))) == dilations(lesson_4()) == [{1}, {1}, {2}, {4}]
+    changed = techniques.set_dilations(lesson_4(), (1, 3))
+    assert dilations(changed) == [{1}, {1}, {1}, {3}]
+    assert changed(torch.rand(2, 1, 16, 16), torch.tensor([0, 1])).shape == (2, 1, 16, 16)  # padded as far as dilated
+
+
 def test_techniques_that_cannot_run(tmp_path):
     for flags, text in (
         (["nothing"], "choose one of technique_1, technique_2, "),
@@ -184,6 +223,27 @@ def test_the_measurements_of_lessons_5_to_9_run_and_go_on(name, number, tmp_path
         assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     again = run_script(f"{name}.py", "--smoke", "--output", tmp_path)
     assert again.status == 0 and file.read_text().splitlines() == lines
+
+
+def test_each_comparison_takes_its_weights_and_its_calls(tmp_path, monkeypatch):
+    name, found = "lesson_04_ncsnv2", []
+    for path in ("pretrained.pt", "output_2/checkpoint.pt", "output_ten/checkpoint.pt"):
+        (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / path).touch()
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "load_lesson", lambda name: None)
+    monkeypatch.setattr(compare, "load_network", lambda _, path, device: (path, None, {"image_shape": (1, 28, 28)}))
+    monkeypatch.setattr(
+        compare, "score", lambda table, setting, K, lesson, path, *rest: found.append((path.relative_to(tmp_path), K))
+    )
+    for experiment, seed, path, calls in (
+        ("calls", 0, "pretrained.pt", [10, 25, 50, 97]),
+        ("many calls", 2, "output_2/checkpoint.pt", [961]),
+        ("ten minutes", 0, "output_ten/checkpoint.pt", [10, 25, 50, 97, 961]),
+    ):
+        found.clear()
+        compare.calls(name, techniques.Table(tmp_path / "c.csv", experiment, 8, seed, False, False))
+        assert [(str(where), K) for where, K in found] == [(f"{name}/{path}", K) for K in calls]
 
 
 def test_the_comparison_runs_and_goes_on(tmp_path):
