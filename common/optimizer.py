@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam  # the function; the class would load PyTorch's compiler first, for 1 to 3 seconds
 
 from common import ranks
 from common.machine import CLEARLY, bfloat16_speedup
@@ -25,19 +26,24 @@ class Optimizer:
         for w in convolutions:
             if min(w.shape[:2]) > 4:  # not those from and to pixels: too narrow
                 self.groups.setdefault(w.shape, []).append(w)
-        self.momentum = [torch.zeros(len(ws), ws[0].shape[0], ws[0][0].numel(), device=ws[0].device)
-                         for ws in self.groups.values()]  # fmt: skip
         kernels = {id(w) for ws in self.groups.values() for w in ws}
-        rest = [p for p in network.parameters() if id(p) not in kernels]
-        device = rest[0].device
-        self.adam = torch.optim.Adam(rest, fused=device.type != "mps")
+        self.rest = [p for p in network.parameters() if id(p) not in kernels]
+        device = self.rest[0].device
+        self.fused = device.type != "mps"
+        self.state = {  # {name: tensors}; the first is Muon's, the others are Adam's
+            "momentum": [torch.zeros(len(ws), *ws[0].flatten(1).shape, device=device) for ws in self.groups.values()],
+            "mean": [torch.zeros_like(p) for p in self.rest],
+            "mean square": [torch.zeros_like(p) for p in self.rest],
+            "steps": [torch.zeros((), device=device if self.fused else "cpu") for _ in self.rest],
+        }
         fast = ranks.agreed(name == "muon" and bfloat16_speedup(device) > CLEARLY)  # the same update in all processes
         self.dtype = torch.bfloat16 if fast else torch.float32
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Takes a step with the gradients of the network's parameters, and clears them."""
-        for weights, momentum in zip(self.groups.values(), self.momentum, strict=True):
+        momenta, *of_adam = self.state.values()
+        for weights, momentum in zip(self.groups.values(), momenta, strict=True):
             gradient = torch.stack([w.grad for w in weights]).flatten(2)  # (n, C_out, C_in h w)
             momentum.lerp_(gradient, 1 - MOMENTUM)
             update = orthogonal(gradient.lerp(momentum, MOMENTUM).to(self.dtype))  # Nesterov's momentum
@@ -45,22 +51,24 @@ class Optimizer:
             for w, u in zip(weights, update, strict=True):
                 w.mul_(1 - learning_rate * WEIGHT_DECAY).sub_(u.reshape(w.shape), alpha=learning_rate * size)
                 w.grad = None
-        self.adam.param_groups[0]["lr"] = learning_rate
-        self.adam.step()
-        self.adam.zero_grad()
+        mean, square, steps = of_adam
+        adam(self.rest, [p.grad for p in self.rest], mean, square, [], steps, fused=self.fused, amsgrad=False,
+             beta1=0.9, beta2=0.999, lr=learning_rate, weight_decay=0, eps=1e-8, maximize=False)  # fmt: skip
+        for p in self.rest:
+            p.grad = None
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of the optimiser."""
-        return {"momentum": self.momentum, "adam": self.adam.state_dict()}
+        return self.state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Goes on from what `state_dict` returned. ValueError if it is of other weights."""
-        for mine, saved in zip(self.momentum, state["momentum"], strict=True):
-            if mine.shape != saved.shape:
-                raise ValueError(f"momentum of {tuple(saved.shape)} for weights of {tuple(mine.shape)}")
-            mine.copy_(saved)
-        self.adam.load_state_dict(state["adam"])
+        for name, tensors in self.state.items():
+            for mine, saved in zip(tensors, state[name], strict=True):
+                if mine.shape != saved.shape:
+                    raise ValueError(f"{name} of {tuple(saved.shape)} in place of {tuple(mine.shape)}")
+                mine.copy_(saved)
 
 
 def orthogonal(x: Tensor) -> Tensor:

@@ -346,14 +346,14 @@ def test_a_checkpoint_that_is_further_than_asked_for(lesson, copied):
         lambda checkpoint: checkpoint.pop("network"),
         lambda checkpoint: checkpoint.pop("device"),
         lambda checkpoint: checkpoint.pop("optimizer"),
-        lambda checkpoint: checkpoint["optimizer"].pop("adam"),
-        lambda checkpoint: checkpoint["optimizer"]["adam"]["param_groups"].pop(),
+        lambda checkpoint: checkpoint["optimizer"].pop("mean"),
+        lambda checkpoint: checkpoint["optimizer"]["steps"].pop(),
         lambda checkpoint: checkpoint["optimizer"]["momentum"].pop(),
         lambda checkpoint: checkpoint["optimizer"]["momentum"][0].resize_(3),
         lambda checkpoint: checkpoint.update(generator=torch.zeros(3)),
         lambda checkpoint: checkpoint.pop("log"),
     ],
-    ids="width weights field config network device optimizer adam group momentum shape generator log".split(),
+    ids="width weights field config network device optimizer mean steps momentum shape generator log".split(),
 )
 def test_a_checkpoint_whose_parts_do_not_fit(lesson, copied, damage):
     check_damaged(lesson, copied, damage, "checkpoint.pt")
