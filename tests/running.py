@@ -1,4 +1,4 @@
-"""Running a lesson's train_mnist.py: as a person would, or inside the test's process, which saves importing torch."""
+"""Running a lesson's scripts: as a person would, or inside the test's process, which saves reading the digits."""
 
 import contextlib
 import functools
@@ -7,9 +7,7 @@ import importlib
 import io
 import os
 import signal
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,8 @@ import common.play
 import common.run
 import common.training_log
 from common.machine import choose_device
+from tests import warm
+from tests.warm import Result
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # networks as small as these only lose time with more threads
@@ -59,23 +59,9 @@ def same_images(a, b, atol: float = 1e-3) -> bool:
     return bool(difference.max() <= atol if choose_device().type == "cpu" else difference.mean() <= 5e-3)
 
 
-@dataclass
-class Result:
-    status: int
-    stdout: str
-    stderr: str
-
-
-def command(lesson, *flags, root=ROOT):
-    """What subprocess needs to run `python train_mnist.py *flags` in the lesson's folder."""
-    arguments = [sys.executable, "train_mnist.py", *map(str, flags)]
-    return {"args": arguments, "cwd": root / lesson, "env": ENVIRONMENT, "text": True}
-
-
-def run(lesson, *flags, root=ROOT, **options):
+def run(lesson, *flags, root=ROOT):
     """Runs the script in a process of its own, with the 60 000 digits."""
-    done = subprocess.run(**command(lesson, *flags, root=root), capture_output=True, timeout=120, **options)
-    return Result(done.returncode, done.stdout, done.stderr)
+    return warm.run("train_mnist.py", *flags, cwd=root / lesson, env=ENVIRONMENT)
 
 
 @functools.cache

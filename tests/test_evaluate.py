@@ -4,7 +4,6 @@ import contextlib
 import io
 import itertools
 import re
-import subprocess
 import sys
 import time
 
@@ -17,6 +16,7 @@ import common.evaluate
 from common.files import Claim
 from common.machine import choose_device
 from common.noise import SeededNoise
+from tests import warm
 from tests.running import DIFFUSION, ENVIRONMENT, ROOT, Result, quick, script, some_pictures
 
 
@@ -165,13 +165,12 @@ def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
 
 
 def test_bench_starts_as_the_makefile_starts_it():
-    command = [sys.executable, "-m", "common.bench", "--rounds", "1", "--smoke"]
-    ran = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0 and ran.stdout.startswith("lesson_04_ncsnv2, "), ran.stderr
+    ran = warm.run("-m", "common.bench", "--rounds", 1, "--smoke", cwd=ROOT, env=ENVIRONMENT)
+    assert ran.status == 0 and ran.stdout.startswith("lesson_04_ncsnv2, "), ran.stderr
 
 
 def test_evaluate_starts_as_the_readmes_start_it():
-    command = [sys.executable, "-m", "common.evaluate", "lesson_03_ncsn/pretrained.pt", "--num", "4", "--calls", "10"]
-    ran = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0 and "digit FID" in ran.stdout, ran.stderr
+    command = "-m", "common.evaluate", "lesson_03_ncsn/pretrained.pt", "--num", 4, "--calls", 10
+    ran = warm.run(*command, cwd=ROOT, env=ENVIRONMENT)
+    assert ran.status == 0 and "digit FID" in ran.stdout, ran.stderr
     assert "lesson_03_ncsn, step 5000, langevin, 10 network calls" in ran.stdout

@@ -3,14 +3,15 @@
 import os
 import re
 import signal
+import socket
 import subprocess
-import sys
 
 import pytest
 import torch
 from PIL import Image
 
 from common import ranks
+from tests import warm
 from tests.running import ENVIRONMENT, FEW_SCALES, ROOT, hashes, quick, read_checkpoint, run_here, some_images
 from tests.test_train import files_of_a_run, wait_until
 
@@ -26,25 +27,49 @@ def pictures(tmp_path_factory):
     return "--images", folder, "--image-size", 28, "--channels", 1
 
 
-def torchrun(lesson, *flags, processes=2):
-    """What subprocess needs to run a lesson's train_mnist.py in two processes; torchrun is this module's command."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    arguments = [sys.executable, *launcher, "train_mnist.py", *flags]
-    return {"args": list(map(str, arguments)), "cwd": ROOT / lesson, "env": ENVIRONMENT, "text": True}
+def torchrun(lesson, *flags, folder):
+    """Starts `torchrun --nproc-per-node 2 train_mnist.py` (torchrun is this module's command) as a terminal would."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    printed = folder / "stdout", folder / "stderr"
+    arguments = [*launcher, "train_mnist.py", *flags]
+    return warm.Popen(arguments, ROOT / lesson, ENVIRONMENT, *printed, start_new_session=True)
+
+
+def two_processes(lesson, *flags, folder):
+    """The same two, without torchrun, and so with less to wait for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    found |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    printed = folder / "stdout", folder / "stderr"
+    how = [["train_mnist.py", *flags], ROOT / lesson]
+    return [warm.Popen(*how, found | {"RANK": str(r), "LOCAL_RANK": str(r)}, *printed) for r in range(2)]
 
 
 def lines_of_ours(text):
     return [line for line in text.splitlines() if line.startswith(("error:", "Traceback")) and "elastic" not in line]
 
 
+def kill(process):
+    """torchrun and what it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def two(lesson, pictures, tmp_path_factory):
-    """(folder, what was printed) of four steps in two processes."""
-    folder = tmp_path_factory.mktemp(lesson.name)
+    """(folder, standard output and errors) of four steps in two processes, in lesson 3 as the pages start them."""
+    folder, printed = (tmp_path_factory.mktemp(f"{what} {lesson.name}") for what in ("run", "printed"))
     flags = (*FLAGS, *FEW_SCALES[lesson.name], *pictures, "--steps", 4, "--output", folder)
-    done = subprocess.run(**torchrun(lesson.name, *flags), capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return folder, done
+    if lesson.name == "lesson_03_ncsn":
+        started = [torchrun(lesson.name, *flags, folder=printed)]
+    else:
+        started = two_processes(lesson.name, *flags, folder=printed)
+    ends = [process.wait() for process in started]
+    stdout, stderr = ((printed / name).read_text() for name in ("stdout", "stderr"))
+    assert not any(ends), stderr
+    return folder, stdout, stderr
 
 
 def difference(a, b):
@@ -77,12 +102,12 @@ def test_two_processes_make_the_run_of_one(lesson, two, pictures, tmp_path):
 
 
 def test_only_the_first_process_prints_and_writes(lesson, two):
-    folder, done = two
+    folder, stdout, stderr = two
     assert set(hashes(folder)) == files_of_a_run(lesson)
-    assert done.stdout.count("\nprocesses   2\n") == done.stdout.count("done: look at ") == 1
-    assert len(re.findall("^device ", done.stdout, re.MULTILINE)) == 1
-    assert done.stderr.count("20 pictures from ") == 1
-    assert lines_of_ours(done.stderr) == []
+    assert stdout.count("\nprocesses   2\n") == stdout.count("done: look at ") == 1
+    assert len(re.findall("^device ", stdout, re.MULTILINE)) == 1
+    assert stderr.count("20 pictures from ") == 1
+    assert lines_of_ours(stderr) == []
 
 
 def test_one_process_goes_on_with_the_run_of_two(lesson, two, pictures, tmp_path):
@@ -95,23 +120,22 @@ def test_one_process_goes_on_with_the_run_of_two(lesson, two, pictures, tmp_path
 
 
 def test_a_mistake_is_one_line_of_one_process(tmp_path):
-    """--batch-size 16 in three parts; the run that was there stays."""
-    assert quick("lesson_03_ncsn", "--output", tmp_path).status == 0
-    before = hashes(tmp_path)
-    how = torchrun("lesson_03_ncsn", *FLAGS, "--overwrite", "--output", tmp_path, processes=3)
-    done = subprocess.run(**how, capture_output=True, timeout=120)
-    assert done.returncode != 0 and hashes(tmp_path) == before
-    assert [line for line in lines_of_ours(done.stderr) if line.startswith("error")] == [
-        "error: --batch-size 16 must be a multiple of the 3 processes"
+    """--batch-size 15 in two parts; the run that was there stays."""
+    folder = tmp_path / "run"
+    assert quick("lesson_03_ncsn", "--output", folder).status == 0
+    before = hashes(folder)
+    flags = (*FLAGS, "--batch-size", 15, "--overwrite", "--output", folder)
+    assert torchrun("lesson_03_ncsn", *flags, folder=tmp_path).wait() != 0 and hashes(folder) == before
+    assert [line for line in lines_of_ours((tmp_path / "stderr").read_text()) if line.startswith("error")] == [
+        "error: --batch-size 15 must be a multiple of the 2 processes"
     ]
 
 
-def started(folder, printed, pictures):
+def started(folder, pictures):
     """A long run in two processes, and the process ids of both, when some steps are done."""
-    how = torchrun("lesson_04_ncsnv2", *FLAGS, *pictures, "--steps", 10**6, "--output", folder)
-    stderr = open(printed, "w")
-    process = subprocess.Popen(**how, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True)
-    wait_until((folder / "checkpoint.pt").exists, process)
+    flags = (*FLAGS, *pictures, "--steps", 10**6, "--preview-every", 20, "--output", folder / "run")
+    process = torchrun("lesson_04_ncsnv2", *flags, folder=folder)
+    wait_until((folder / "run" / "checkpoint.pt").exists, process)
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
     workers = [int(word) for word in found.split()]
     assert len(workers) == 2
@@ -131,34 +155,32 @@ def test_ctrl_c_stops_all_processes_after_the_same_step(pictures, tmp_path, who)
     """As a terminal sends it: to torchrun and both processes at once, and torchrun passes it on, a second time. Or to
     one process only, with which the other has to agree.
     """
-    printed = tmp_path / "stderr"
-    process, workers = started(tmp_path / "run", printed, pictures)
+    process, workers = started(tmp_path, pictures)
     try:
         if who == "all":
             os.killpg(process.pid, signal.SIGINT)
         else:
             os.kill(workers[1], signal.SIGINT)
-        stdout, _ = process.communicate(timeout=60)
+        process.wait(timeout=60)
     finally:
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-    line = re.search(r"^stopped and saved after step (\d+); go on with: (.*)$", stdout, re.MULTILINE)
+        kill(process)
+    said = r"^stopped and saved after step (\d+); go on with: (.*)$"
+    line = re.search(said, (tmp_path / "stdout").read_text(), re.MULTILINE)
     assert line and line[2].startswith("torchrun --nproc-per-node 2 train_mnist.py ") and line[2].endswith(" --resume")
     assert read_checkpoint(tmp_path / "run")["step"] == int(line[1])
-    assert "error: " not in printed.read_text()
+    assert "error: " not in (tmp_path / "stderr").read_text()
 
 
 def test_a_process_that_dies_ends_the_other_with_one_line(pictures, tmp_path):
-    printed = tmp_path / "stderr"
-    process, workers = started(tmp_path / "run", printed, pictures)
+    process, workers = started(tmp_path, pictures)
     try:
         os.kill(workers[1], signal.SIGKILL)
-        process.communicate(timeout=60)
+        assert process.wait(timeout=60) != 0
     finally:
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-    assert process.returncode != 0
-    ours = [line for line in printed.read_text().splitlines() if "error: " in line]
+        kill(process)
+    ours = [line for line in (tmp_path / "stderr").read_text().splitlines() if "error: " in line]
     assert len(ours) == 1 and "error: another process of this run has ended; go on " in ours[0]
-    assert read_checkpoint(tmp_path / "run")["step"] >= 50
+    assert read_checkpoint(tmp_path / "run")["step"] >= 20
     assert not os.path.isdir(f"/proc/{workers[0]}")
 
 

@@ -25,6 +25,7 @@ from common.errors import LessonError
 from common.files import Claim
 from common.images import some_frames
 from lesson_04_ncsnv2.noise_scales import largest_pairwise_distance
+from tests import warm
 from tests.conftest import LESSONS
 from tests.running import (
     DIFFUSION,
@@ -162,9 +163,8 @@ def test_pictures_are_found_from_another_folder_and_can_be_named_anew(lesson, pi
 def test_a_lesson_in_another_folder_knows_its_own_weights(lesson, tmp_path):
     shutil.copytree(ROOT / lesson.name, tmp_path / "my copy", ignore=shutil.ignore_patterns("output"))
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("mnist"))
-    command = [sys.executable, "sample.py", "--checkpoint", "pretrained.pt", "--info"]
-    ran = subprocess.run(command, cwd=tmp_path / "my copy", env=ENVIRONMENT, capture_output=True, text=True)
-    assert ran.returncode == 0 and ran.stdout.startswith("pretrained.pt: lesson_0"), ran.stderr
+    ran = warm.run("sample.py", "--checkpoint", "pretrained.pt", "--info", cwd=tmp_path / "my copy", env=ENVIRONMENT)
+    assert ran.status == 0 and ran.stdout.startswith("pretrained.pt: lesson_0"), ran.stderr
 
 
 def test_samples_from_minus_one_to_one_are_judged_with_a_word(tmp_path, monkeypatch, capsys):
@@ -303,12 +303,18 @@ def test_no_docstrings_a_safe_path_and_a_terminal_that_knows_no_umlauts(lesson, 
     assert b"\r" not in ran.stderr  # in a file, each state of the bar is a line
 
 
-@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm")
-def test_closed_streams_and_started_as_a_module(lesson, pictures, tmp_path):
-    how = start_oddly(lesson, ["-m", f"{lesson.name}.train_mnist"], pictures, tmp_path / "run")
+@pytest.mark.lessons("lesson_05_ddpm")  # one is enough: it is common/ that prints
+def test_closed_streams(lesson, pictures, tmp_path):
+    how = start_oddly(lesson, ["train_mnist.py"], pictures, tmp_path / "run")
     words = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *how["args"]]
-    ran = subprocess.run(words, env=how["env"], cwd=ROOT, timeout=120)
+    ran = subprocess.run(words, env=how["env"], cwd=ROOT / lesson.name, timeout=120)
     assert ran.returncode == 0 and (tmp_path / "run" / "samples.png").is_file()
+
+
+@pytest.mark.lessons(*LESSONS)
+def test_started_as_a_module(lesson):
+    ran = warm.run("-m", f"{lesson.name}.train_mnist", "--help", cwd=ROOT, env=ENVIRONMENT)
+    assert ran.status == 0 and "--batch-size" in ran.stdout, ran.stderr
 
 
 def test_make_in_a_folder_with_a_space(tmp_path):

@@ -23,6 +23,7 @@ from common.play import read_mask
 from lesson_04_ncsnv2.noise_scales import geometric_noise_scales
 from lesson_04_ncsnv2.sampler import denoise
 from lesson_04_ncsnv2.unconditional import noise_after_langevin
+from tests import warm
 from tests.conftest import LESSONS
 from tests.running import DIFFUSION, ENVIRONMENT, ROOT, WITHOUT_7, quick, run_here, same_images, script, some_pictures
 
@@ -102,9 +103,9 @@ def test_without_a_checkpoint_of_ones_own(lesson, tmp_path):
     """In a process of its own and a copy of the lesson, which has no output/."""
     shutil.copytree(ROOT / lesson.name, tmp_path / lesson.name, ignore=shutil.ignore_patterns("output"))
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("mnist"))
-    command = [sys.executable, "sample.py", "--num", "5", "--calls", str(FEW[lesson.name])]
-    ran = subprocess.run(command, cwd=tmp_path / lesson.name, env=ENVIRONMENT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    flags = ("--num", 5, "--calls", FEW[lesson.name])
+    ran = warm.run("sample.py", *flags, cwd=tmp_path / lesson.name, env=ENVIRONMENT)
+    assert ran.status == 0, ran.stderr
     assert "using pretrained.pt" in ran.stdout and "look at output/drawn.png" in ran.stdout
     with Image.open(tmp_path / lesson.name / "output" / "drawn.png") as picture:
         assert picture.size == (3 * 58 + 2, 2 * 58 + 2)

@@ -1,12 +1,12 @@
 """toy_2d.py, first_network.py and the pictures of lesson 3 in docs/figures.py: scores, weights of modes, whole runs."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
 
+from tests import warm
 from tests.running import ENVIRONMENT, ROOT, script
 
 sys.path.append(str(ROOT / "docs"))
@@ -86,14 +86,13 @@ def test_chains_move_in_a_gif(toy, tmp_path):
 
 
 def run_script(name, *flags):
-    command = [sys.executable, name, *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT / LESSON, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    return warm.run(name, *flags, cwd=ROOT / LESSON, env=ENVIRONMENT)
 
 
 def test_toy_2d_finds_the_weights_that_the_readme_quotes(tmp_path):
     # 99 steps cannot be made in 5 parts, so that the GIF has 10 frames and not 50, which take long
     ran = run_script("toy_2d.py", "--steps", 20, "--num", 3000, "--T", 99, "--output", tmp_path)
-    assert ran.returncode == 0, ran.stderr
+    assert ran.status == 0, ran.stderr
     plain, annealed = (float(line.split(": ")[1].split("%")[0]) for line in ran.stdout.splitlines()[1:])
     assert 45 < plain < 52 and 18 < annealed < 25
     names = {path.stem for path in tmp_path.glob("*.png")}
@@ -119,12 +118,12 @@ def test_the_share_in_the_small_mode_over_sigma_1(tmp_path, capsys):
 
 def test_first_network_trains_and_draws(tmp_path):
     ran = run_script("first_network.py", "--steps", 3, "--T", 1, "--output", tmp_path / "first.png")
-    assert ran.returncode == 0, ran.stderr
+    assert ran.status == 0, ran.stderr
     assert (tmp_path / "first.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["toy_2d.py", "first_network.py"])
 def test_a_number_of_steps_that_cannot_be_used(name, tmp_path):
     ran = run_script(name, "--steps", 0, "--output", tmp_path / "x")
-    assert ran.returncode == 1 and ran.stderr == "error: --steps must be greater than zero, not 0\n"
+    assert ran.status == 1 and ran.stderr == "error: --steps must be greater than zero, not 0\n"
     assert not (tmp_path / "x").exists()

@@ -22,17 +22,17 @@ import torch
 from PIL import Image
 
 import common.run
-from tests.conftest import LESSONS
+from tests import warm
 from tests.running import (
     DIFFUSION,
     ENVIRONMENT,
+    ROOT,
     WITHOUT_7,
-    Result,
-    command,
     hashes,
     loss_of,
     quick,
     read_checkpoint,
+    run,
     run_here,
     script,
 )
@@ -95,38 +95,13 @@ def wait_until(condition, process, seconds=100):
 # What a run leaves behind
 
 
-@pytest.fixture(scope="session")
-def smoke_runs(tmp_path_factory):
-    """Where `python train_mnist.py --smoke` of each lesson writes, all at once, and once for all of `pytest -n 2`."""
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke"
-    try:
-        root.mkdir()
-    except FileExistsError:  # they are the other process's
-        yield root
-        return
-    processes = []
-    for name in LESSONS:
-        (root / name).mkdir()
-        how = command(name, "--smoke", "--output", root / name / "output")
-        line = "{} > {folder}/stdout 2> {folder}/stderr; echo $? > {folder}/ended"
-        line = line.format(shlex.join(how.pop("args")), folder=shlex.quote(str(root / name)))
-        processes.append(subprocess.Popen(line, shell=True, **how))
-    yield root
-    for process in processes:
-        process.wait(timeout=120)
-
-
 @pytest.fixture(scope="module")
-def smoke(lesson, smoke_runs):
+def smoke(lesson, tmp_path_factory):
     """`python train_mnist.py --smoke` in the lesson's folder: (output folder, not to be changed; what it printed)."""
-    run, end = smoke_runs / lesson.name, time.monotonic() + 120
-    while not (run / "ended").is_file() or not (run / "ended").read_text().endswith("\n"):
-        assert time.monotonic() < end, "the smoke run does not end"
-        time.sleep(0.05)
-    result = Result(int((run / "ended").read_text()), (run / "stdout").read_text(), (run / "stderr").read_text())
+    folder = tmp_path_factory.mktemp("smoke") / lesson.name
+    result = run(lesson.name, "--smoke", "--output", folder)
     assert result.status == 0, result.stderr
-    return run / "output", result
+    return folder, result
 
 
 @pytest.fixture(scope="module")
@@ -336,14 +311,15 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(tmp_path):
     """A run is stopped with the one; the line it prints is typed into a shell; that run is stopped with the other."""
     name, folder, step = "lesson_04_ncsnv2", tmp_path / "a run", 0
     flags = ("--smoke", "--precision", "float32", "--steps", 10**6, "--preview-every", 10**6, "--output", folder)
-    at_once = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
-    how = command(name, *flags) | {"env": at_once}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where the shell finds python
+    how = {"cwd": ROOT / name, "env": {**ENVIRONMENT, "PYTHONUNBUFFERED": "1", "PATH": path}, "shell": True}
+    advice = shlex.join(["python", "train_mnist.py", *map(str, flags)])
     for number in (signal.SIGINT, signal.SIGTERM):
         printed, said = tmp_path / f"stderr of {number}", tmp_path / f"stdout of {number}"
         with (
             open(printed, "w") as err,
             open(said, "w") as out,
-            subprocess.Popen(**how, stdout=out, stderr=err) as process,
+            subprocess.Popen(f"exec {advice}", **how, stdout=out, stderr=err) as process,
         ):
             try:
                 wait_until(lambda: "minutes with the pictures" in said.read_text(), process)  # noqa: B023
@@ -357,8 +333,6 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(tmp_path):
         assert int(line[1]) == read_checkpoint(folder)["step"] > step
         assert set(hashes(folder)) == {"checkpoint.pt", "config.json", "metrics.csv", "loss.png"}
         step, advice = int(line[1]), line[2]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where the shell finds python
-        how |= {"args": f"exec {advice}", "shell": True, "env": {**at_once, "PATH": path}}
 
     python, script_name, *flags = shlex.split(advice)
     assert (python, script_name, flags[-1]) == ("python", "train_mnist.py", "--resume")
@@ -421,18 +395,16 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
 
     for moment in ("writing", "random", "random"):
         start = time.time()
-        with subprocess.Popen(
-            **command("lesson_03_ncsn", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
-            try:
-                wait_until(lambda: checkpoint.exists() and checkpoint.stat().st_mtime > start, process)  # noqa: B023
-                if moment == "writing":
-                    wait_until(lambda: any(tmp_path.glob(".checkpoint.pt.*.tmp")), process)
-                else:
-                    time.sleep(random.uniform(0, 0.5))
-            finally:
-                process.kill()
-        assert process.returncode == -signal.SIGKILL
+        process = warm.Popen(["train_mnist.py", *flags], cwd=ROOT / "lesson_03_ncsn", env=ENVIRONMENT)
+        try:
+            wait_until(lambda: checkpoint.exists() and checkpoint.stat().st_mtime > start, process)  # noqa: B023
+            if moment == "writing":
+                wait_until(lambda: any(tmp_path.glob(".checkpoint.pt.*.tmp")), process)
+            else:
+                time.sleep(random.uniform(0, 0.5))
+        finally:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
         saved = read_checkpoint(tmp_path)["step"]
         assert saved > step
         step = saved
