@@ -1,5 +1,6 @@
 """What several test files share: the lessons that have the same interface, and random numbers that never change."""
 
+import copy
 import importlib
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import hypothesis
 import pytest
 import torch
 
+import common.checkpoint
 import common.data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +34,10 @@ hypothesis.settings.load_profile("the same every time")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def digits_are_unpacked_once():
-    """Each file of MNIST takes up to half a second, and a test run asks for them a few hundred times."""
+def files_of_the_repository_are_read_once():
+    """Each file of MNIST takes up to half a second, weights a tenth, and a test run asks for them hundreds of times."""
     unpack, unpacked = common.data._mnist_file, {}
+    load, loaded = common.checkpoint.load_file, {path: None for path in ROOT.glob("lesson_*/*.pt")}
 
     def once(name, header):
         file = common.data.MNIST_DIR / name  # a test may have its own
@@ -42,8 +45,15 @@ def digits_are_unpacked_once():
             unpacked[file] = unpack(name, header)
         return unpacked[file]
 
+    def load_once(path):
+        if Path(path) not in loaded:  # a test's own
+            return load(path)
+        loaded[Path(path)] = loaded[Path(path)] or load(path)
+        return copy.deepcopy(loaded[Path(path)])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.data, "_mnist_file", once)
+        patch.setattr(common.checkpoint, "load_file", load_once)
         yield
 
 

@@ -220,7 +220,7 @@ def test_three_channels(lesson, tmp_path):
     outputs = 2 if lesson.name == "lesson_09_improved_ddpm" else 1
     assert read_checkpoint(tmp_path)["network"]["last.bias"].shape == (outputs * 3 * 2**2,)
     with Image.open(tmp_path / "samples.png") as picture:
-        assert (picture.mode, picture.size) == ("RGB", (GRID, GRID))
+        assert (picture.mode, picture.size) == ("RGB", (4 * 58 + 2, 4 * 58 + 2))
         r, g, b = (np.asarray(channel) for channel in picture.split())
     assert (r != g).any() and (g != b).any()
 
