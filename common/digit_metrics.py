@@ -9,6 +9,8 @@ measures, in the same call and with the same n, real digits (the floor) and nois
 Everything runs on the CPU in float32 or float64, again so that everybody's numbers compare.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -97,16 +99,16 @@ def digit_report(images: Tensor, seed: int = 0) -> dict:
     unseen = test[torch.randperm(len(test), generator=generator)[:n]]
     noise = torch.rand(n, 1, 28, 28, generator=generator)
     test_features = digit_features(test)
-    test_radii = _radii(test_features)  # the slowest part: once for all
 
     def row(images, images_for_nearest):
         features = digit_features(images)
+        precision, recall = precision_recall(test_features, features)
         histogram = load_classifier().classes(features).argmax(dim=1).bincount(minlength=10)
         return {
             "n": n,
             "fid": frechet_distance(features, test_features),
-            "precision": _share_among(features, test_features, test_radii),
-            "recall": _share_among(test_features, features, _radii(features)),
+            "precision": precision,
+            "recall": recall,
             "histogram": histogram.tolist(),
             "entropy": entropy(histogram),
             "nearest": nearest_training_digit(images_for_nearest, train)[0].median().item(),
@@ -126,7 +128,8 @@ def print_report(report: dict) -> None:
     print("nearest train: median distance, in pixels, to the nearest training digit; its floor is n test digits.")
 
 
-def _radii(points, k=3):
+@functools.lru_cache(maxsize=2)  # the slowest part: once for the real digits, whatever is compared with them
+def _radii(points, k):
     # k + 1 because each point is its own nearest neighbour
     chunks = [_distances(chunk, points).topk(k + 1, largest=False).values[:, k] for chunk in points.split(1000)]
     return torch.cat(chunks)  # (N,)

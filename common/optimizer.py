@@ -30,7 +30,7 @@ class Optimizer:
         self.rest = [p for p in network.parameters() if id(p) not in kernels]
         device = self.rest[0].device
         self.fused = device.type != "mps"
-        self.state = {  # {name: tensors}; the first is Muon's, the others are Adam's
+        self.state = {  # {name: tensors}
             "momentum": [torch.zeros(len(ws), *ws[0].flatten(1).shape, device=device) for ws in self.groups.values()],
             "mean": [torch.zeros_like(p) for p in self.rest],
             "mean square": [torch.zeros_like(p) for p in self.rest],
@@ -42,8 +42,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Takes a step with the gradients of the network's parameters, and clears them."""
-        momenta, *of_adam = self.state.values()
-        for weights, momentum in zip(self.groups.values(), momenta, strict=True):
+        for weights, momentum in zip(self.groups.values(), self.state["momentum"], strict=True):
             gradient = torch.stack([w.grad for w in weights]).flatten(2)  # (n, C_out, C_in h w)
             momentum.lerp_(gradient, 1 - MOMENTUM)
             update = orthogonal(gradient.lerp(momentum, MOMENTUM).to(self.dtype))  # Nesterov's momentum
@@ -51,7 +50,7 @@ class Optimizer:
             for w, u in zip(weights, update, strict=True):
                 w.mul_(1 - learning_rate * WEIGHT_DECAY).sub_(u.reshape(w.shape), alpha=learning_rate * size)
                 w.grad = None
-        mean, square, steps = of_adam
+        mean, square, steps = (self.state[name] for name in ("mean", "mean square", "steps"))
         adam(self.rest, [p.grad for p in self.rest], mean, square, [], steps, fused=self.fused, amsgrad=False,
              beta1=0.9, beta2=0.999, lr=learning_rate, weight_decay=0, eps=1e-8, maximize=False)  # fmt: skip
         for p in self.rest:

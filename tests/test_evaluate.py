@@ -136,7 +136,7 @@ def test_files_that_are_no_checkpoint(evaluate, tmp_path):
 
 def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
     """By a clock that goes on by a second each time it is read: four steps of 16 images take one, and so does the first
-    frame of 64 pictures; after a second there are no more.
+    frame of 16 pictures; after a second there are no more.
     """
     module, seconds, steps = script(lesson.name), itertools.count(), []
 
@@ -148,6 +148,7 @@ def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
     sample = script(lesson.name, "sample")
     monkeypatch.setattr(common.bench, "load_lesson", lambda name: sample)
     monkeypatch.setattr("common.run.load_pictures", some_pictures)
+    monkeypatch.setattr("common.run.SAMPLES", 16)
     monkeypatch.setitem(sys.modules, "train_mnist", module)
     monkeypatch.setattr(module, "Optimizer", Optimizer)
     monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
@@ -159,7 +160,7 @@ def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
     out = capsys.readouterr().out
     first = 1 if lesson.name in DIFFUSION else module.PRESETS["smoke"].get("T", 2)  # calls; 2: predictor and corrector
     for precision in ("float32", "bfloat16"):
-        assert re.search(rf"^smoke, {precision} +64\.0 +{64 * first}\.0$", out, re.MULTILINE), out
+        assert re.search(rf"^smoke, {precision} +64\.0 +{16 * first}\.0$", out, re.MULTILINE), out
     assert len(steps) == 2 * 2 * 5 and out.startswith(f"{lesson.name}, ")
     assert re.search("^train_mnist.py chooses (float32|bfloat16)$", out, re.MULTILINE)
 

@@ -134,7 +134,7 @@ def test_a_mistake_is_one_line_of_one_process(tmp_path):
 def started(folder, pictures):
     """A long run in two processes, and the process ids of both, when some steps are done."""
     flags = (*FLAGS, *pictures, "--steps", 10**6, "--preview-every", 20, "--output", folder / "run")
-    process = torchrun("lesson_04_ncsnv2", *flags, folder=folder)
+    process = torchrun("lesson_05_ddpm", *flags, folder=folder)
     wait_until((folder / "run" / "checkpoint.pt").exists, process)
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
     workers = [int(word) for word in found.split()]

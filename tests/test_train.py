@@ -309,7 +309,7 @@ def test_resume_with_dropout_is_exact(lesson, straight, tmp_path):
 
 def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_go_on(tmp_path):
     """A run is stopped with the one; the line it prints is typed into a shell; that run is stopped with the other."""
-    name, folder, step = "lesson_04_ncsnv2", tmp_path / "a run", 0
+    name, folder, step = "lesson_05_ddpm", tmp_path / "a run", 0
     flags = ("--smoke", "--precision", "float32", "--steps", 10**6, "--preview-every", 10**6, "--output", folder)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where the shell finds python
     how = {"cwd": ROOT / name, "env": {**ENVIRONMENT, "PYTHONUNBUFFERED": "1", "PATH": path}, "shell": True}

@@ -307,12 +307,12 @@ def test_the_last_frames_become_the_pictures(lesson, seen):
         assert gif.n_frames == 3
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_network_runs_in_the_precision_of_the_flag(lesson, tmp_path, precision):
-    seen = spy(lesson, tmp_path, "--precision", precision, "--optimizer", "adam")
-    assert {loss["autocast"] for loss in seen.losses} == {precision == "bfloat16"}
-    assert {network.precision for network, *_ in seen.draws} == {precision}
-    assert seen.optimizer == "adam"
+def test_the_network_runs_in_the_precision_of_the_flag(lesson, seen, tmp_path):
+    in_bfloat16 = spy(lesson, tmp_path, "--precision", "bfloat16", "--optimizer", "adam")
+    for run, precision, optimizer in ((seen, "float32", "muon"), (in_bfloat16, "bfloat16", "adam")):
+        assert {loss["autocast"] for loss in run.losses} == {precision == "bfloat16"}
+        assert {network.precision for network, *_ in run.draws} == {precision}
+        assert run.optimizer == optimizer
 
 
 @pytest.mark.lessons("lesson_05_ddpm")
