@@ -183,6 +183,7 @@ def test_samples_from_minus_one_to_one_are_judged_with_a_word(tmp_path, monkeypa
 # Work that would be lost for a late reason
 
 
+@pytest.mark.lessons("lesson_05_ddpm")  # one is enough: it is common/ that saves
 def test_samples_that_cannot_be_saved_are_judged_all_the_same(lesson, tmp_path, monkeypatch, capsys):
     def full(path):
         raise LessonError(f"cannot write {path}: No space left on device")

@@ -225,20 +225,6 @@ def test_three_channels(lesson, tmp_path):
     assert (r != g).any() and (g != b).any()
 
 
-def test_bfloat16_can_be_forced(lesson, straight, tmp_path):
-    """Of the runs here, all others with `quick` force float32."""
-    result = quick(lesson.name, "--precision", "bfloat16", "--steps", 10, "--output", tmp_path)
-    assert result.status == 0
-    assert re.search(r"^precision +bfloat16$", result.stdout, re.MULTILINE)
-    assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bfloat16"
-    assert json.loads((straight / "config.json").read_text())["precision"] == "float32"
-    weights = read_checkpoint(tmp_path)["network"].values()
-    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
-    a, b = read_metrics(tmp_path)[1][0][1], read_metrics(straight)[1][0][1]
-    assert a == pytest.approx(b, rel=0.02)
-    assert a != b
-
-
 def test_the_seed_decides(lesson, straight, tmp_path):
     assert quick(lesson.name, "--seed", 1, "--steps", 10, "--output", tmp_path).status == 0
     a, b = read_metrics(tmp_path)[1][0], read_metrics(straight)[1][0]
