@@ -1,11 +1,11 @@
 """The five lessons on equal terms: `python docs/compare.py`, or names of some of its experiments.
 
 `calls` and `cost` take the weights of the lesson runs: pretrained.pt is seed 0, and seed 1 and 2 are in output_1 and
-output_2 of a lesson's folder (`python train_mnist.py --seed 1 --output output_1`); `ten minutes` takes output_ten_0,
-output_ten_1 and output_ten_2 (`python train_mnist.py --minutes 10 --seed 1 --output output_ten_1`), with 1000 calls the
-first of them only. What is not there is left out. `backbone` trains. Adds lines to docs/compare.csv after each
-measurement, and leaves out those that are there; `python docs/figures.py compare` makes a picture of them. The seed of
-a line is that of the training.
+output_2 of a lesson's folder (`python train_mnist.py --seed 1 --output output_1`); `ten minutes` takes output_ten
+(`python train_mnist.py --minutes 10 --output output_ten`), and with fewer than 1000 calls output_ten_1 and output_ten_2
+too (the same with `--seed 1`, or the `--steps` that the first run found). What is not there is left out. `backbone`
+trains. Adds lines to docs/compare.csv after each measurement, and leaves out those that are there; `python
+docs/figures.py compare` makes a picture of them. The seed of a line is that of the training.
 """
 
 import os
@@ -64,7 +64,7 @@ def calls(name: str, table: Table) -> None:
     """How good are the digits after so many network calls, by the lesson's best sampler for them?"""
     few, many, path = SAMPLERS[name][:4], SAMPLERS[name][4:], checkpoint(name, table.seed)
     if table.experiment == "ten minutes":
-        path = ROOT / name / f"output_ten_{table.seed}" / "checkpoint.pt"
+        path = ROOT / name / ("output_ten" + f"_{table.seed}" * (table.seed > 0)) / "checkpoint.pt"
     if not path.is_file():
         return print(f"  {path} is not there: left out")
     wanted = {"calls": few, "many calls": many, "ten minutes": few + many if table.seed == 0 else few}[table.experiment]

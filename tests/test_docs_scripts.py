@@ -227,7 +227,7 @@ def test_the_measurements_of_lessons_5_to_9_run_and_go_on(name, number, tmp_path
 
 def test_each_comparison_takes_its_weights_and_its_calls(tmp_path, monkeypatch):
     name, found = "lesson_04_ncsnv2", []
-    for path in ("pretrained.pt", *(f"output_{of}/checkpoint.pt" for of in ("2", "ten_0", "ten_1"))):
+    for path in ("pretrained.pt", *(f"output_{of}/checkpoint.pt" for of in ("2", "ten", "ten_1"))):
         (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name / path).touch()
     monkeypatch.setattr(compare, "ROOT", tmp_path)
@@ -239,7 +239,7 @@ def test_each_comparison_takes_its_weights_and_its_calls(tmp_path, monkeypatch):
     for experiment, seed, path, calls in (
         ("calls", 0, "pretrained.pt", [10, 25, 50, 97]),
         ("many calls", 2, "output_2/checkpoint.pt", [961]),
-        ("ten minutes", 0, "output_ten_0/checkpoint.pt", [10, 25, 50, 97, 961]),
+        ("ten minutes", 0, "output_ten/checkpoint.pt", [10, 25, 50, 97, 961]),
         ("ten minutes", 1, "output_ten_1/checkpoint.pt", [10, 25, 50, 97]),
     ):
         found.clear()
