@@ -2,7 +2,9 @@
 
 import functools
 import platform
+import re
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,9 +25,16 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def describe(device: torch.device) -> str:
-    """The device, its chip, the threads and the version of PyTorch, for a person to read."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return f"{device} ({chip}, {torch.get_num_threads()} threads), PyTorch {torch.__version__}"
+    """What numbers were measured on: the GPU, or the processor, whether it has bf16 and its threads; and PyTorch."""
+    pytorch = f"PyTorch {torch.__version__.split('+')[0]}"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {pytorch}"
+    about = Path("/proc/cpuinfo")  # Linux
+    text = about.read_text() if about.is_file() else ""
+    found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}{' with bf16' * ('bf16' in text)}, {threads} thread{'s' * (threads > 1)}, {pytorch}"
 
 
 def synchronize(device: torch.device) -> None:

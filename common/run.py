@@ -104,7 +104,7 @@ class Run:
         if self.checkpoint:
             self._restore()
         if self.leads:
-            print(f"device      {describe(self.device)}")
+            print(f"device      {self.device.type} ({describe(self.device)})")
             print(f"processes   {ranks.world()}") if ranks.world() > 1 else None
             print(f"precision   {self.precision}")
             print(f"parameters  {sum(p.numel() for p in parts['network'].parameters()):,}")

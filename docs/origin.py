@@ -2,17 +2,14 @@
 
 import csv
 import functools
-import platform
 import re
 import shlex
 import sys
 from datetime import date
 from pathlib import Path
 
-import torch
-
 from common.errors import LessonError
-from common.machine import choose_device
+from common.machine import choose_device, describe
 
 COLUMNS = ("command", "machine", "date")
 
@@ -43,13 +40,5 @@ def read(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
 
 @functools.cache
 def machine() -> str:
-    """The processor's name as the system gives it (on a GPU: its name), whether it has bf16, threads, PyTorch."""
-    pytorch = f"PyTorch {torch.__version__.split('+')[0]}"
-    if choose_device().type == "cuda":
-        return f"{torch.cuda.get_device_name()}, {pytorch}"
-    about = Path("/proc/cpuinfo")  # Linux
-    text = about.read_text() if about.is_file() else ""
-    found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
-    name = found[1] if found else platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}{' with bf16' * ('bf16' in text)}, {threads} thread{'s' * (threads > 1)}, {pytorch}"
+    """What this process runs on. Once: a training may set its own number of threads."""
+    return describe(choose_device())

@@ -18,6 +18,7 @@ from common.machine import (
     autocast,
     bfloat16_speedup,
     choose_device,
+    describe,
     sampling_precision,
     training_precision,
 )
@@ -163,6 +164,23 @@ def test_choose_device():
         patch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(LessonError, match="--device cuda: .*try --device auto"):
             choose_device("cuda")
+
+
+def test_a_machine_is_described_by_its_processor(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cpu")
+    monkeypatch.setattr(common.machine.platform, "processor", lambda: "arm")
+    about = tmp_path / "cpuinfo"
+    monkeypatch.setattr(common.machine, "Path", lambda name: {"/proc/cpuinfo": about}[name])
+    cpu = torch.device("cpu")
+    assert describe(cpu) == "arm, 3 threads, PyTorch 2.10.0"  # not Linux
+    about.write_text("processor\t: 0\nmodel name\t: Chip 7\nflags\t: avx2 avx512_bf16\nmodel name\t: Chip 7\n")
+    assert describe(cpu) == "Chip 7 with bf16, 3 threads, PyTorch 2.10.0"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    about.write_text("model name\t: Chip 7\nflags\t: avx2\n")
+    assert describe(cpu) == "Chip 7, 1 thread, PyTorch 2.10.0"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert describe(torch.device("cuda", 1)) == "GPU 1, PyTorch 2.10.0"
 
 
 def with_speedup(monkeypatch, speedup):
