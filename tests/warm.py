@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = str(Path(__file__).resolve().parents[1])
+ROOT = Path(__file__).resolve().parents[1]
 FORKS = "forkserver" in multiprocessing.get_all_start_methods()
 processes = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 if FORKS:
@@ -33,7 +33,8 @@ def _become(arguments, cwd, env, stdout, stderr, session):
     os.environ.update(env)
     if "torch" in sys.modules and "OMP_NUM_THREADS" in env:
         sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
-    sys.path[:] = [os.getcwd(), *(path for path in sys.path if path not in ("", ROOT))]
+    ours = lambda path: Path(path).is_relative_to(ROOT) and "site-packages" not in path  # pytest has put it there
+    sys.path[:] = [os.getcwd(), *(path for path in sys.path if path and not ours(path))]
     first, *sys.argv = arguments
     if first == "-m":
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -52,11 +53,10 @@ class Popen:
         self.process.start()
         self.pid = self.process.pid
 
-    @property
-    def returncode(self):
+    def poll(self):
         return self.process.exitcode
 
-    poll = returncode.fget
+    returncode = property(poll)
 
     def wait(self, timeout=120):
         self.process.join(timeout)
