@@ -87,7 +87,6 @@ def run_here(lesson, *flags, name="train_mnist", digits=1000, samples=16, **patc
     """Runs a lesson's script in this process, with the first 1000 digits (or all: 60 000) and an empty loss.png.
 
     Pictures are grids of 16 samples, not of 64.
-
     patches: {name: value} that the lesson's train_mnist.py, or sample.py, has in place of its own.
     """
     module, out, err = script(lesson, name), io.StringIO(), io.StringIO()
