@@ -249,16 +249,19 @@ class Run:
         """Says how long the run will take if a step takes `seconds`; finds the number of steps for --minutes."""
         config, done = self.config, self.step
         previews, last = (calls * SAMPLES / config.batch_size / CALL for calls in self.calls)  # in steps
-        each = 1 + previews / config.preview_every
+        each, short = 1 + previews / config.preview_every, False
         if config.minutes:
             left = (60 * config.minutes - (time.perf_counter() - self.began)) / seconds
             steps = ranks.agreed(max(done, done + int((0.97 * left - last) / each)))  # the rest is for files
+            short = last > steps - done
             self.config = config = dataclasses.replace(config, steps=steps, minutes=0.0)
             self.bar.total = steps * config.batch_size
         minutes = ((config.steps - done) * each + last) * seconds / 60
         if self.leads:
             text = f"{config.steps} steps of {config.batch_size} images, about {minutes:.1f} minutes with the pictures"
             self.bar.write(text, file=sys.stdout)
+            if short:
+                self.bar.write("the last pictures take most of that: give it more --minutes", file=sys.stdout)
 
     def _exit(self, what_happened):
         """Ends the program as a signal would, after a line that says how to go on."""

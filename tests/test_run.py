@@ -134,9 +134,11 @@ def announced(monkeypatch, capsys, seconds, elapsed=0.0, done=10, calls=(50, 100
     monkeypatch.setattr(common.run.time, "perf_counter", lambda: elapsed)
     run._announce(seconds)
     said = re.fullmatch(
-        r"(\d+) steps of 64 images, about ([\d.]+) minutes with the pictures\n", capsys.readouterr().out
+        r"(\d+) steps of 64 images, about ([\d.]+) minutes with the pictures\n(the last pictures take most .*\n)?",
+        capsys.readouterr().out,
     )
     assert int(said[1]) == run.config.steps
+    assert bool(said[3]) == ("minutes" in config and run.config.steps - done < calls[1] / 4)  # a fourth of a step each
     return run.config, float(said[2])
 
 
@@ -146,7 +148,7 @@ def test_the_time_counts_the_pictures(monkeypatch, capsys):
     assert minutes == pytest.approx((3990 + 3990 / 500 * 50 / 4 + 1000 / 4) * 0.1 / 60, abs=0.06)
 
 
-@pytest.mark.parametrize("minutes", [2.0, 10.0])
+@pytest.mark.parametrize("minutes", [1.0, 2.0, 10.0])  # of one, the last pictures take most
 def test_minutes_become_steps(monkeypatch, capsys, minutes):
     """With start-up and pictures they take nearly all of the time, and no more."""
     config, said = announced(monkeypatch, capsys, 0.1, elapsed=20.0, minutes=minutes)
