@@ -1,11 +1,11 @@
 """The five lessons on equal terms: `python docs/compare.py`, or names of some of its experiments.
 
 `calls` and `cost` take the weights of the lesson runs: pretrained.pt is seed 0, and seed 1 and 2 are in output_1 and
-output_2 of a lesson's folder (`python train_mnist.py --seed 1 --output output_1`); `ten minutes` takes output_ten
-(`python train_mnist.py --minutes 10 --output output_ten`), and with fewer than 1000 calls output_ten_1 and output_ten_2
-too (the same with `--seed 1`, or the `--steps` that the first run found). What is not there is left out. `backbone`
-trains. Adds lines to docs/compare.csv after each measurement, and leaves out those that are there; `python
-docs/figures.py compare` makes a picture of them. The seed of a line is that of the training.
+output_2 of a lesson's folder (`python train_mnist.py --seed 1 --output output_1`). `ten minutes` and `ten minutes,
+bits` take output_ten (`python train_mnist.py --minutes 10 --output output_ten`), and output_ten_1 to output_ten_4 (the
+same with `--seed 1`, or the `--steps` that the first run found). What is not there is left out. `backbone` trains.
+Adds lines to docs/compare.csv after each measurement, and leaves out those that are there; `python docs/figures.py
+compare` makes a picture of them. The seed of a line is that of the training.
 """
 
 import os
@@ -23,16 +23,22 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import ddpm
+import improved_ddpm
+import score_sde
 from techniques import Table, real_features, train_lesson
 
 from common.checkpoint import load_lesson, load_network
 from common.cli import run
 from common.config import check_choice, check_range
+from common.data import load_images
 from common.digit_metrics import digit_features, frechet_distance, precision_recall
 from common.errors import LessonError
 from common.machine import choose_device, sampling_precision
 from common.play import sample_all
+from lesson_05_ddpm.likelihood import bits_per_dim as bound_in_bits
 from lesson_05_ddpm.noise_network import NoiseNetwork
+from lesson_07_score_sde.likelihood import bits_per_dim, dequantise, log_likelihood
 
 SAMPLERS = {  # a lesson's best sampler of about 10, 25, 50, 100 and 1000 network calls
     "lesson_03_ncsn": [("langevin", K) for K in (10, 20, 50, 100, 1000)],
@@ -41,13 +47,15 @@ SAMPLERS = {  # a lesson's best sampler of about 10, 25, 50, 100 and 1000 networ
     "lesson_07_score_sde": [("heun", 9), *(("consistent", K) for K in (25, 50, 100)), ("predictor_corrector", 999)],
     "lesson_09_improved_ddpm": [("ancestral", K) for K in (10, 25, 50, 100, 1000)],
 }
-SEEDS = (0, 1, 2)
+WITH_BITS = ("lesson_05_ddpm", "lesson_07_score_sde", "lesson_09_improved_ddpm")
 FEW_STEPS = 800  # of `backbone`, with BATCH images each: a fifth of a lesson run
 BATCH = 128
 
 
-def checkpoint(name: str, seed: int) -> Path:
+def checkpoint(name: str, seed: int, experiment: str = "calls") -> Path:
     """Where the weights of a lesson's run are."""
+    if experiment.startswith("ten minutes"):
+        return ROOT / name / ("output_ten" + f"_{seed}" * (seed > 0)) / "checkpoint.pt"
     return ROOT / name / ("pretrained.pt" if seed == 0 else f"output_{seed}/checkpoint.pt")
 
 
@@ -62,17 +70,38 @@ def score(table: Table, setting: str, K: int, lesson: ModuleType, network, confi
 
 def calls(name: str, table: Table) -> None:
     """How good are the digits after so many network calls, by the lesson's best sampler for them?"""
-    few, many, path = SAMPLERS[name][:4], SAMPLERS[name][4:], checkpoint(name, table.seed)
-    if table.experiment == "ten minutes":
-        path = ROOT / name / ("output_ten" + f"_{table.seed}" * (table.seed > 0)) / "checkpoint.pt"
+    few, many, path = SAMPLERS[name][:4], SAMPLERS[name][4:], checkpoint(name, table.seed, table.experiment)
     if not path.is_file():
         return print(f"  {path} is not there: left out")
-    wanted = {"calls": few, "many calls": many, "ten minutes": few + many if table.seed == 0 else few}[table.experiment]
+    wanted = {"calls": few, "many calls": many, "ten minutes": few + many}[table.experiment]
     for sampler, K in wanted[: 1 if table.smoke else None]:
         for _ in table.missing(f"{name}, {sampler}", [K]):
             lesson = load_lesson(name)
             network, config, found = load_network(lesson, path, choose_device())
             score(table, f"{name}, {sampler}", K, lesson, network, config, found["image_shape"], sampler)
+
+
+def bits(name: str, path: Path, images: Tensor, seed: int) -> float:
+    """Bits/dim of images (B, 1, 28, 28) in [0, 1]: the bound of lesson 5 (small variance) or 9, the ODE of 7."""
+    noise = torch.Generator(images.device).manual_seed(seed)
+    if name == "lesson_07_score_sde":
+        seven, x = score_sde.load(name, str(path)), dequantise(images, noise)
+        log_p = [log_likelihood(seven.float32, part, 0.001, seven.sigma_max, generator=noise) for part in x.split(100)]
+        return float(bits_per_dim(torch.cat(log_p), images[0].numel()).mean())
+    found, x_0 = ddpm.load(name, str(path)), 2 * images - 1
+    if name == "lesson_09_improved_ddpm":
+        return float(improved_ddpm.bound(found, x_0, min(1000, len(found.betas)), seed)["learned"].sum())
+    return float(bound_in_bits(found.network, x_0, found.betas, "small", generator=noise).sum(1).mean())
+
+
+def likelihood(name: str, table: Table) -> None:
+    """How many bits per dimension do the same test digits take, with lessons 5, 7 and 9?"""
+    path = checkpoint(name, table.seed, table.experiment)
+    if name not in WITH_BITS or not path.is_file():
+        return
+    for _ in table.missing(name, [0]):
+        images = load_images("mnist", "test")[:: 10_000 // table.n][: table.n].to(choose_device()) / 255
+        table.add(name, 0, bits=bits(name, path, images, seed=1))
 
 
 def timed(*command) -> tuple[float, float]:
@@ -154,9 +183,14 @@ def backbone(name: str, table: Table) -> None:
         score(table, f"{name}, {sampler}", K, lesson, network, training.config, training.image_shape, sampler)
 
 
-EXPERIMENTS = {"calls": (calls, 1000), "cost": (cost, 64), "backbone": (backbone, 1000), "many calls": (calls, 1000),
-               "ten minutes": (calls, 1000)}  # fmt: skip
-ONE_SEED = ("cost",)
+EXPERIMENTS = {  # and how many images and seeds each takes
+    "calls": (calls, 1000, 3),
+    "cost": (cost, 64, 1),
+    "backbone": (backbone, 1000, 3),
+    "many calls": (calls, 1000, 3),
+    "ten minutes": (calls, 1000, 5),
+    "ten minutes, bits": (likelihood, 500, 5),
+}
 
 
 def read_options(parser: ArgumentParser, experiments: dict) -> Namespace:
@@ -182,10 +216,10 @@ def main() -> None:
     if options.num is not None:
         check_range("--num", options.num, 4, 10_000)
     for each in options.names:
-        function, n = EXPERIMENTS[each]
+        function, n, seeds = EXPERIMENTS[each]
         print(f"{each}: {function.__doc__}", flush=True)
         n = options.num or (8 if options.smoke else n)
-        for seed in SEEDS[:1] if each in ONE_SEED or options.smoke else SEEDS:
+        for seed in range(1 if options.smoke else seeds):
             for name in options.lessons:
                 function(name, Table(options.output / "compare.csv", each, n, seed, False, options.smoke))
 

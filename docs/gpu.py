@@ -16,9 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import ddpm
-import improved_ddpm
-from compare import SAMPLERS, read_options, score
+from compare import SAMPLERS, bits, read_options, score
 from techniques import Table
 
 from common.bench import time_round
@@ -29,7 +27,6 @@ from common.errors import LessonError
 from common.images import save_grid
 from common.machine import choose_device
 from common.play import sample_all
-from lesson_05_ddpm.likelihood import prior_term, terms
 
 
 def speed(name: str, table: Table, options: Namespace) -> None:
@@ -95,21 +92,8 @@ def measured_run(name: str, table: Table, folder: Path, flags: list[str], minute
     save_grid(images, folder / "drawn.png")
     score(table, f"{name}, {sampler}", K, lesson, network, config, found["image_shape"], sampler)
     if "ddpm" in name:
-        bits(name, table, folder / "checkpoint.pt")
-
-
-@torch.no_grad()
-def bits(name: str, table: Table, checkpoint: Path) -> None:
-    """Bits/dim of 64 test digits, with the variance that does best: small for lesson 5, learned for lesson 9."""
-    found = ddpm.load(name, checkpoint)
-    x_0 = 2 * table.digits()[0][: 2 if table.smoke else 64] - 1
-    noise, K = torch.Generator(x_0.device).manual_seed(table.seed), min(1000, len(found.betas))
-    if name == "lesson_05_ddpm":
-        each = [float(L.mean()) for L, _ in terms(found.network, x_0, found.betas, "small", True, noise)]
-        value = sum(each) + float(prior_term(x_0, found.alpha_bars[-1]).mean())
-    else:
-        value = float(improved_ddpm.bound(found, x_0, K, table.seed)["learned"].sum())
-    table.add(f"{name}, bound", K, bits=value)
+        images = table.digits()[0][: 2 if table.smoke else 64]
+        table.add(f"{name}, bound", 1000, bits=bits(name, folder / "checkpoint.pt", images, table.seed))
 
 
 def lesson(name: str, table: Table, options: Namespace) -> None:

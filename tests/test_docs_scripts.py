@@ -2,12 +2,14 @@
 
 import contextlib
 import csv
+import importlib
 import io
 import math
 import re
 import runpy
 import signal
 import sys
+import types
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ import measure
 import others
 import techniques
 
+from common.data import load_images
 from common.errors import LessonError
 from common.noise import SeededNoise
 from lesson_04_ncsnv2.sampler import ancestral_eta, consistent_annealed_sampling
@@ -240,11 +243,48 @@ def test_each_comparison_takes_its_weights_and_its_calls(tmp_path, monkeypatch):
         ("calls", 0, "pretrained.pt", [10, 25, 50, 97]),
         ("many calls", 2, "output_2/checkpoint.pt", [961]),
         ("ten minutes", 0, "output_ten/checkpoint.pt", [10, 25, 50, 97, 961]),
-        ("ten minutes", 1, "output_ten_1/checkpoint.pt", [10, 25, 50, 97]),
+        ("ten minutes", 1, "output_ten_1/checkpoint.pt", [10, 25, 50, 97, 961]),
     ):
         found.clear()
         compare.calls(name, techniques.Table(tmp_path / "c.csv", experiment, 8, seed, False, False))
         assert [(str(where), K) for where, K in found] == [(f"{name}/{path}", K) for K in calls]
+
+
+def test_the_bits_of_a_normal_density_by_lesson_7(monkeypatch):
+    """Of its exact score, log p(x) at the smallest noise scale is that of N(0, 0.3^2 + 0.001^2)."""
+    exact = types.SimpleNamespace(float32=lambda x, sigma: -x / (0.09 + sigma**2)[:, None, None, None], sigma_max=50.0)
+    monkeypatch.setattr(compare.score_sde, "load", lambda name, path: exact)
+    images = torch.rand(130, 1, 6, 6)
+    x, variance = compare.dequantise(images, torch.Generator().manual_seed(3)), 0.09 + 1e-6
+    nats = x.square().mean() / (2 * variance) + 0.5 * math.log(2 * math.pi * variance)
+    found = compare.bits("lesson_07_score_sde", "nowhere", images, seed=3)
+    assert found == pytest.approx(8 + float(nats) / math.log(2), abs=0.01)
+
+
+@pytest.mark.parametrize("name", compare.WITH_BITS[::2])
+def test_the_bits_of_a_network_that_says_nothing(name, monkeypatch):
+    """The chain then costs what the lesson's own bound says; with other seeds nearly the same."""
+    likelihood = importlib.import_module(f"{name}.likelihood")
+    betas, zero = torch.linspace(0.01, 0.5, 8, dtype=torch.float64), lambda x, t: torch.zeros_like(x)
+    network = zero if name == "lesson_05_ddpm" else lambda x, t: (zero(x, t), zero(x, t))
+    found = types.SimpleNamespace(network=network, betas=betas, alpha_bars=(1 - betas).cumprod(0))
+    monkeypatch.setattr(compare.ddpm, "load", lambda name, path: found)
+    images = torch.rand(40, 1, 6, 6)
+    values = [compare.bits(name, "nowhere", images, seed) for seed in (1, 2)]
+    own = likelihood.bits_per_dim(network, 2 * images - 1, betas, generator=torch.Generator().manual_seed(1))
+    assert values[0] == pytest.approx(float(own.sum(1).mean()), rel=1e-5)
+    assert values[1] != values[0] and values[1] == pytest.approx(values[0], rel=0.1)
+
+
+def test_all_seeds_code_the_same_digits(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compare, "bits", lambda name, path, images, seed: seen.append((images, seed)) or 2.0)
+    monkeypatch.setattr(compare, "checkpoint", lambda *_: ROOT / "README.md")
+    for name, seed in (("lesson_05_ddpm", 2), ("lesson_09_improved_ddpm", 3), ("lesson_04_ncsnv2", 2)):
+        compare.likelihood(name, techniques.Table(tmp_path / "c.csv", "ten minutes, bits", 500, seed, False, False))
+    (first, one), (second, two) = seen
+    assert torch.equal(first, second) and one == two and first.shape == (500, 1, 28, 28)
+    assert torch.equal((255 * first).round().byte(), load_images("mnist", "test")[::20])
 
 
 def test_the_comparison_runs_and_goes_on(tmp_path):

@@ -47,7 +47,7 @@ def test_every_number_of_the_pages_was_measured(page):
 def test_every_number_would_be_wrong_if_others_had_been_measured(page, monkeypatch):
     real = check_numbers.measurements
     monkeypatch.setattr(
-        check_numbers, "measurements", lambda path: [(address, 1.3 * y + 1, x + "1") for address, y, x in real(path)]
+        check_numbers, "measurements", lambda path: [(address, 1e6 * y + 1, x + "1") for address, y, x in real(path)]
     )
     _, numbers, wrong = check_numbers.check(page, ROOT)
     assert len(wrong) == numbers
