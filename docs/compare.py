@@ -170,13 +170,13 @@ class Backbone(nn.Module):
 
 def backbone(name: str, table: Table) -> None:
     """How good are the digits if all lessons have lesson 5's network, and the same number of images?"""
-    steps = 3 if table.smoke else FEW_STEPS
+    steps, batch_size = (3, 8) if table.smoke else (FEW_STEPS, BATCH)
     if not table.missing(f"{name}, {SAMPLERS[name][2][0]}", [SAMPLERS[name][2][1]]):
         return
     make = lambda config, channels, weights: Backbone(channels, weights, told=name != "lesson_04_ncsnv2")
     make = None if "ddpm" in name else make  # lessons 5 and 9 have it already
     changes = {"scale_shift": False} if name == "lesson_09_improved_ddpm" else {}
-    lesson, training = train_lesson(name, make, steps=steps, batch_size=BATCH, seed=table.seed, **changes)
+    lesson, training = train_lesson(name, make, steps=steps, batch_size=batch_size, seed=table.seed, **changes)
     network = training.parts.get("ema", training.parts["network"]).eval()
     for sampler, K in SAMPLERS[name][2:4]:
         K = min(K, 20) if table.smoke else K

@@ -1,6 +1,7 @@
 """What several test files share: the lessons that have the same interface, and random numbers that never change."""
 
 import copy
+import gc
 import importlib
 import os
 from pathlib import Path
@@ -84,3 +85,9 @@ def lesson(request):
     files = (path for path in (ROOT / request.param).glob("*.py") if path.stem in PURE)
     modules = {path.stem: importlib.import_module(f"{request.param}.{path.stem}") for path in files}
     return SimpleNamespace(name=request.param, **modules)
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the collector of garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()

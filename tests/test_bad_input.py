@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import LESSONS
-from tests.running import DIFFUSION, ENVIRONMENT, ROOT, Result, hashes, quick, run, run_here
+from tests.running import DIFFUSION, ENVIRONMENT, ROOT, Result, hashes, quick, read_checkpoint, run, run_here
 
 
 def others(lesson):
@@ -362,7 +362,7 @@ def test_a_checkpoint_whose_parts_do_not_fit(lesson, copied, damage):
 
 
 def check_damaged(lesson, folder, damage, expected):
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint = read_checkpoint(folder)
     damage(checkpoint)
     torch.save(checkpoint, folder / "checkpoint.pt")
     check_resume(lesson.name, folder, expected)

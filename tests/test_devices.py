@@ -93,8 +93,7 @@ PAPER = {"patch": 1, "blocks": 2, "activation": "elu", "skip": False}
 PAPERS = dict.fromkeys(DIFFUSION, {"patch": 1, "blocks": 2, "levels": 3, "dropout": 0.1})
 
 
-@pytest.mark.parametrize("papers", [False, True])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("papers, channels", [(False, 1), (True, 3)])
 def test_a_loss(lesson, fake, papers, channels):
     network, config = a_network(lesson, channels, **(PAPERS.get(lesson.name, PAPER) if papers else {}))
     for parameter in network.parameters():
@@ -102,8 +101,7 @@ def test_a_loss(lesson, fake, papers, channels):
     on_the_gpu(on_the_gpu(a_loss(lesson, network, *noisy(channels))).mean())
 
 
-@pytest.mark.parametrize("papers", [False, True])
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("papers, optimizer", [(False, "muon"), (True, "adam")])
 def test_an_update(lesson, fake, papers, optimizer, monkeypatch):
     def fused_adam(*lists, fused, **how):  # a kernel, which fake tensors have no picture of
         assert fused and [len(tensors) for tensors in lists] == [len(lists[0])] * 4 + [0, len(lists[0])]

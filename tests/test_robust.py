@@ -44,7 +44,7 @@ from tests.test_train import draw_with_signal, files_of_a_run
 pytestmark = pytest.mark.lessons(*WITHOUT_7)  # almost all of this is what common/ does
 FEW = {
     "lesson_03_ncsn": ("--calls", 10),
-    "lesson_04_ncsnv2": ("--calls", 60),
+    "lesson_04_ncsnv2": ("--calls", 22),
     "lesson_05_ddpm": ("--calls", 4),
     "lesson_09_improved_ddpm": ("--calls", 4),
 }

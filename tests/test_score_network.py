@@ -429,7 +429,7 @@ def test_bf16_is_close_to_float32(lesson):
 
 def test_gradients_in_bf16_are_close_to_float32(lesson):
     model = network(lesson, width=16, patch=2, activation="relu")
-    x, i = noisy_images(64)
+    x, i = noisy_images(24)
     z = torch.randn_like(x)
     grads = []
     for enabled in (False, True):
