@@ -49,7 +49,7 @@ def evaluate(monkeypatch):
 def short(lesson, tmp_path_factory):
     folder = tmp_path_factory.mktemp(lesson.name)
     flags = ("--no-clip-x-0",) if lesson.name in DIFFUSION else ()  # or no sample would leave [0, 1]
-    T = 2 if lesson.name == "lesson_04_ncsnv2" else 20  # more than lesson 3 takes for a quick look
+    T = {"lesson_03_ncsn": 20, "lesson_04_ncsnv2": 2}.get(lesson.name, 8)  # 20: more than a quick look takes
     many = "--N" if lesson.name == "lesson_07_score_sde" else "--T"
     assert quick(lesson.name, many, T, *flags, "--output", folder).status == 0
     return folder / "checkpoint.pt"
@@ -61,9 +61,9 @@ def test_samples_of_a_checkpoint_are_the_papers_and_those_of_the_seed(lesson, sh
     assert result.status == 0 and result.stdout.endswith("the report\n")
     checkpoint = torch.load(short, weights_only=True)
     if lesson.name in DIFFUSION:
-        sampler, calls = "ancestral", 20
+        sampler, calls = "ancestral", 8
     elif lesson.name == "lesson_07_score_sde":
-        sampler, calls = "predictor_corrector", 2 * 19 + 1
+        sampler, calls = "predictor_corrector", 2 * 7 + 1
     else:
         L = len(checkpoint["network"]["sigmas"])
         sampler, calls = "langevin", 20 * L if lesson.name == "lesson_03_ncsn" else 2 * L + 1
@@ -78,7 +78,7 @@ def test_samples_of_a_checkpoint_are_the_papers_and_those_of_the_seed(lesson, sh
 
 
 def test_calls_and_sampler(lesson, short, evaluate):
-    calls = 19 if lesson.name in DIFFUSION else 50
+    calls = 7 if lesson.name in DIFFUSION else 50
     for sampler in script(lesson.name, "sample").SAMPLERS:
         result, _ = evaluate(short, "--num", 4, "--sampler", sampler, "--calls", calls)
         assert f"{sampler}, {calls} network calls" in result.stdout and result.status == 0

@@ -360,20 +360,20 @@ def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, every, ste
 def test_a_run_of_so_many_minutes_keeps_the_steps_that_it_found(lesson, tmp_path):
     """They are found in step 10, from what eight steps took; a resume does not look for them again.
 
-    By a clock that goes on by a second each time it is read: eight steps take one, and three of the six are over.
+    By a clock that goes on by a second each time it is read: eight steps take one, and three of the four are over.
     """
-    flags, clock = ("--minutes", 0.1, "--preview-every", 12, "--output", tmp_path), itertools.count()
+    flags, clock = ("--minutes", 1 / 15, "--preview-every", 12, "--output", tmp_path), itertools.count()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.run, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
         patch.setattr(common.run, "CALL", 1e9)  # pictures cost nothing: all of the time goes to steps
         result = quick(lesson.name, *flags, draw=draw_with_signal(script(lesson.name).draw))
     assert result.status == 128 + signal.SIGTERM
     found = json.loads((tmp_path / "config.json").read_text())
-    assert found["minutes"] == 0.0 and found["steps"] == 10 + int(0.97 * 3 * 8)
+    assert found["minutes"] == 0.0 and found["steps"] == 10 + int(0.97 * 1 * 8)
     assert f"\n{found['steps']} steps of 16 images, about 0.0 minutes with the pictures\n" in result.stdout
     assert read_checkpoint(tmp_path)["step"] == 13
     advice = result.stdout.splitlines()[-1].partition("go on with: python train_mnist.py ")[2]
-    assert "--minutes 0.1" in advice
+    assert f"--minutes {1 / 15}" in advice
     assert run_here(lesson.name, *shlex.split(advice)).status == 0
     assert read_checkpoint(tmp_path)["step"] == found["steps"]
 
