@@ -72,11 +72,12 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -k
 def pytest_collection_modifyitems(items):
-    """`pytest -k lesson_07` runs the files about lesson 7 too, which name it with @pytest.mark.lessons."""
+    """`pytest -k lesson_07` also runs the tests that name lesson 7 with @pytest.mark.lessons, or in what they do."""
     for item in items:
         mark = item.get_closest_marker("lessons")
-        if mark and "lesson" not in item.fixturenames:
-            item.extra_keyword_matches.update(mark.args)
+        if "lesson" not in item.fixturenames:
+            words = [word.partition("/")[0] for word in item.function.__code__.co_consts if isinstance(word, str)]
+            item.extra_keyword_matches.update(mark.args if mark else set(words) & set(LESSONS))
 
 
 @pytest.fixture(scope="session")
