@@ -33,6 +33,7 @@ from lesson_09_improved_ddpm.sampler import ancestral_sampling, ddim_sampling
 from lesson_09_improved_ddpm.timestep_sampler import LossAwareTimesteps, UniformTimesteps
 from tests.running import quick, read_checkpoint, script
 from tests.test_ddpm import expected_terms, gray_levels, whole_bound
+from tests.test_noise_network import reference
 
 pytestmark = pytest.mark.lessons("lesson_09_improved_ddpm")
 NINE = "lesson_09_improved_ddpm"
@@ -461,6 +462,19 @@ def test_the_network_returns_noise_and_v(scale_shift, channels):
     eps, v = network(x, torch.tensor([0, 999]))
     (eps.square().sum() + v.square().sum()).backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("scale_shift", [True, False])
+@pytest.mark.parametrize("levels, blocks, patch", [(2, 1, 2), (3, 3, 1)])
+def test_the_network_is_lesson_5s_with_two_outputs(levels, blocks, patch, scale_shift):
+    network = NoiseNetwork(3, width=16, levels=levels, blocks=blocks, patch=patch, scale_shift=scale_shift)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.add_(0.05 * torch.randn_like(weights))
+        expected = reference(network, x, t, levels, blocks, patch, scale_shift)
+        found = torch.cat([network(x, t)[0], 2 * network(x, t)[1] - 1], dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 # Training and sampling put together

@@ -123,3 +123,71 @@ def test_group_norm_is_torchs(dtype, tolerance):
     (theirs(b) * w).sum().backward()
     torch.testing.assert_close(ours(a).float(), theirs(b), rtol=0, atol=10 * tolerance)
     torch.testing.assert_close(a.grad.float(), b.grad, rtol=0, atol=10 * tolerance)
+
+
+def reference(network, x, t, levels, blocks, patch, scale_shift=False):
+    """What the U-Net puts out, written a second time, with PyTorch's own norms and attention, from its weights by name.
+
+    DDPM's (App. B, and the authors' code): at each resolution some residual blocks, whose results are all kept; a
+    convolution with stride 2 leads down; two blocks are in the middle; on the way up, one block more takes what was
+    kept, and the nearest pixels and a convolution lead to the next resolution. Attention where it is half of the size.
+    """
+    p, silu = dict(network.named_parameters()), F.silu
+
+    def linear(v, name):
+        return v @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def conv(h, name, **how):
+        return F.conv2d(h, p[f"{name}.weight"], p[f"{name}.bias"], padding=p[f"{name}.weight"].shape[2] // 2, **how)
+
+    def norm(h, name):
+        channels = h.shape[1]
+        return F.group_norm(h, math.gcd(32, channels // 4), p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def block(h, name, attention):
+        inner = conv(silu(norm(h, f"{name}.block.norm1")), f"{name}.block.conv1")
+        of_t = linear(e, f"{name}.block.embed")[:, :, None, None]
+        if scale_shift:
+            scale, shift = of_t.split(inner.shape[1], dim=1)
+            inner = norm(inner, f"{name}.block.norm2") * (1 + scale) + shift
+        else:
+            inner = norm(inner + of_t, f"{name}.block.norm2")
+        through = conv(h, f"{name}.block.shortcut") if f"{name}.block.shortcut.weight" in p else h
+        h = through + conv(silu(inner), f"{name}.block.conv2")
+        if attention:
+            q, k, v = conv(norm(h, f"{name}.attention.norm"), f"{name}.attention.qkv").flatten(2).mT.chunk(3, dim=2)
+            h = h + conv(F.scaled_dot_product_attention(q, k, v).mT.unflatten(2, h.shape[2:]), f"{name}.attention.out")
+        return h
+
+    half = network.width // 2
+    angles = t[:, None].double() * 10_000 ** (-torch.arange(half) / (half - 1))
+    e = silu(linear(torch.cat([angles.sin(), angles.cos()], dim=1).to(x), "embedding.0"))
+    e = silu(linear(e, "embedding.2"))
+    h = conv(F.pixel_unshuffle(x, patch), "first")
+    kept, down, up = [h], iter(range(100)), iter(range(100))
+    for level in range(levels):
+        if level:
+            h = conv(h, f"down.{next(down)}", stride=2)
+            kept.append(h)
+        for _ in range(blocks):
+            h = block(h, f"down.{next(down)}", attention=level == 1)
+            kept.append(h)
+    h = block(block(h, "middle.0", attention=True), "middle.1", attention=False)
+    for level in reversed(range(levels)):
+        for _ in range(blocks + 1):
+            h = block(torch.cat([h, kept.pop()], dim=1), f"up.{next(up)}", attention=level == 1)
+        if level:
+            h = conv(F.interpolate(h, scale_factor=2, mode="nearest"), f"up.{next(up)}")
+    assert not kept
+    return F.pixel_shuffle(conv(silu(norm(h, "norm")), "last"), patch)
+
+
+@pytest.mark.parametrize("levels, blocks, patch", [(2, 1, 2), (3, 2, 1), (4, 2, 1)])
+def test_the_network_is_the_papers(levels, blocks, patch):
+    network = NoiseNetwork(3, width=16, levels=levels, blocks=blocks, patch=patch)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.add_(0.05 * torch.randn_like(weights))
+        expected = reference(network, x, t, levels, blocks, patch)
+        torch.testing.assert_close(network(x, t), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

@@ -1040,6 +1040,21 @@ def test_the_weights_of_lesson_4_fit_an_unconditioned_network():
 
 
 @pytest.mark.parametrize("skip", [False, True])
+def test_with_more_blocks_an_unconditioned_network_is_that_of_lesson_4(skip):
+    """As with --paper. Lesson 4's is the paper's by a test of its own."""
+    sigmas, options = torch.tensor([9.0, 0.5]), {"width": 8, "patch": 1, "blocks": 3, "activation": "elu", "skip": skip}
+    theirs = ScoreNetworkOfLesson4(sigmas, **options)
+    ours = ScoreNetwork(**options, conditional=False, sigma_max=9.0)
+    with torch.no_grad():
+        for weights in theirs.parameters():
+            weights.add_(0.1 * torch.randn_like(weights))
+        theirs_by_name = {name: w for name, w in theirs.state_dict().items() if name != "sigmas"}
+        ours.load_state_dict({**theirs_by_name, "sigma_max": sigmas[0]})
+        x, i = torch.rand(2, 1, 16, 16), torch.arange(2)
+        torch.testing.assert_close(ours(x, sigmas), theirs(x, i), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("channels, patch", [(1, 1), (1, 2), (3, 1), (3, 2)])
 def test_a_conditioned_network(channels, patch, skip):
     network = with_embedding(network_of(channels=channels, patch=patch, skip=skip))
