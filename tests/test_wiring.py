@@ -417,3 +417,16 @@ def test_paper_is_the_papers_in_lesson_5(lesson):
     assert (config.T, config.beta_1, config.beta_T) == (1000, 1e-4, 0.02)
     assert config.variance == "large" and config.clip_x_0 is True
     assert module.PRESETS["paper on cifar10"] == {"levels": 4, "dropout": 0.1}
+
+
+@pytest.mark.lessons("lesson_09_improved_ddpm")
+def test_paper_is_the_papers_in_lesson_9(lesson):
+    """Sec. 3 and App. A; three levels, of which the last is 7 x 7, since 28 pixels are not halved as often as 32."""
+    module = script(lesson.name)
+    config = module.Config(**module.PRESETS["paper"])
+    assert (config.steps, config.batch_size, config.learning_rate, config.ema_decay) == (500_000, 128, 1e-4, 0.9999)
+    assert (config.optimizer, config.warmup, config.decay, config.clip) == ("adam", 0, "constant", float("inf"))
+    assert (config.width, config.levels, config.blocks, config.patch, config.dropout) == (128, 3, 3, 1, 0.0)
+    assert (config.T, config.schedule, config.objective, config.lambda_vlb) == (4000, "cosine", "hybrid", 0.001)
+    assert (config.timesteps, config.scale_shift, config.variance) == ("uniform", True, "learned")
+    assert module.PRESETS["paper on cifar10"] == {"levels": 4, "dropout": 0.3}
