@@ -1,3 +1,4 @@
+import importlib
 import inspect
 import io
 import re
@@ -400,6 +401,17 @@ def test_the_network_is_the_papers(lesson, skip, activation):
     x = (torch.rand(3, 1, 16, 16) + SIGMAS[i][:, None, None, None] * torch.randn(3, 1, 16, 16)).double()
     with torch.no_grad():
         torch.testing.assert_close(model(x, i).double(), reference(lesson, model, x, i, skip), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, more", [("03_ncsn", [3]), ("04_ncsnv2", []), ("07_score_sde", [False])])
+def test_the_weights_of_a_normalisation_start_near_one(name, more):
+    """With a standard deviation of 0.02, as in the authors' code."""
+    norm = importlib.import_module(f"lesson_{name}.score_network").InstanceNormPlusPlus(20_000, *more)
+    for weights in (norm.gamma.detach(), norm.alpha.detach()):
+        assert float(weights.mean()) == pytest.approx(1, abs=1e-3) and float(weights.std()) == pytest.approx(
+            0.02, rel=0.03
+        )
+    assert not norm.beta.any() and not torch.equal(norm.gamma, norm.alpha)
 
 
 def test_lesson_3_starts_with_scores_as_large_as_they_have_to_be():
