@@ -455,3 +455,4 @@ def test_the_bound_needs_two_steps_and_a_known_variance():
     for betas, variance in ((BETAS[:1], "small"), (BETAS, "learned")):
         with pytest.raises(ValueError, match="the bound needs"):
             bits_per_dim(gaussian_network(0, 1), torch.zeros(1, 1, 2, 2), betas, variance)
+    assert bits_per_dim(gaussian_network(0, 1, BETAS[:2]), torch.zeros(1, 1, 2, 2), BETAS[:2]).shape == (1, 3)

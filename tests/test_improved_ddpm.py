@@ -371,6 +371,14 @@ def test_the_network_is_told_the_original_t_and_the_last_step_adds_no_noise():
         next(ancestral_sampling(network, normal(1, 1, 2, 2), betas, kept, variance="free"))
 
 
+def test_the_bound_needs_two_steps_and_a_known_variance():
+    x_0, two = torch.zeros(1, 1, 2, 2), LINEAR[:2]
+    for betas, variance in ((LINEAR[:1], "small"), (two, "free")):
+        with pytest.raises(ValueError, match="the bound needs"):
+            bits_per_dim(gaussian_network(two), x_0, betas, variance=variance)
+    assert bits_per_dim(gaussian_network(two), x_0, two).shape == (1, 3)
+
+
 # Which t
 
 
