@@ -54,12 +54,13 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)); Heusel et al. 2017, arXiv 1706.08500, Eq. 6.
     """
-    if min(len(features_a), len(features_b)) < 2:
+    a, b = features_a.cpu().double(), features_b.cpu().double()
+    if min(len(a), len(b)) < 2:
         raise LessonError("a Frechet distance needs at least two samples on each side")
-    (mu_a, R_a), (mu_b, R_b) = _mean_and_root(features_a), _mean_and_root(features_b)
+    R_a, R_b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b))  # S = R^T R
     # S_a S_b is not symmetric, but it has the eigenvalues of (R_a R_b^T)(R_a R_b^T)^T. So the trace of its root is the
     # sum of the singular values of R_a R_b^T, its nuclear norm: no root of a rounding error, even where n < F.
-    squared = (mu_a - mu_b).square().sum() + R_a.square().sum() + R_b.square().sum()
+    squared = (a.mean(0) - b.mean(0)).square().sum() + R_a.square().sum() + R_b.square().sum()
     squared -= 2 * torch.linalg.matrix_norm(R_a @ R_b.T, "nuc")
     return max(squared.item(), 0.0)
 
@@ -127,13 +128,7 @@ def print_report(report: dict) -> None:
     print("nearest train: median distance, in pixels, to the nearest training digit; its floor is n test digits.")
 
 
-@functools.lru_cache(maxsize=2)  # the slow parts: once for the real digits, whatever is compared with them
-def _mean_and_root(features):
-    x = features.cpu().double()
-    return x.mean(0), torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R  # S = R^T R
-
-
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # the slowest part: once for the real digits, whatever is compared with them
 def _radii(points, k):
     # k + 1 because each point is its own nearest neighbour
     chunks = [_distances(chunk, points).topk(k + 1, largest=False).values[:, k] for chunk in points.split(1000)]
