@@ -69,7 +69,7 @@ def bound_term(network: Network, x_0: Tensor, betas: Tensor, t: Tensor, eps: Ten
     a, s, c1, beta_tilde = (table.to(x_0)[t][:, None, None, None] for table in tables)  # (B, 1, 1, 1)
     error = x_0 - (x_t - s * noise) / a  # of x_0-hat
     L = 0.5 * (log_variance - beta_tilde.log() - 1 + (beta_tilde + (c1 * error) ** 2) * (-log_variance).exp())
-    first = (t == 0).nonzero()[:, 0]  # the decoder; the mean of p is x_0-hat there
+    first = (t == 0).nonzero()[:, 0]  # the decoder; the mean of p is x_0-hat there. A GPU waits at each use of a mask
     L[first] = -discretised_log_likelihood(x_0[first], (x_0 - error)[first], (0.5 * log_variance[first]).exp()).to(L)
     return L.mean(dim=(1, 2, 3)) / math.log(2)
 
