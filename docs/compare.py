@@ -97,8 +97,10 @@ def bits(name: str, path: Path, images: Tensor, seed: int) -> float:
 def likelihood(name: str, table: Table) -> None:
     """How many bits per dimension do the same test digits take, with lessons 5, 7 and 9?"""
     path = checkpoint(name, table.seed, table.experiment)
-    if name not in WITH_BITS or not path.is_file():
+    if name not in WITH_BITS:
         return
+    if not path.is_file():
+        return print(f"  {path} is not there: left out")
     for _ in table.missing(name, [0]):
         images = load_images("mnist", "test")[:: 10_000 // table.n][: table.n].to(choose_device()) / 255
         table.add(name, 0, bits=bits(name, path, images, seed=1))

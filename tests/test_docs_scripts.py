@@ -287,6 +287,18 @@ def test_all_seeds_code_the_same_digits(tmp_path, monkeypatch):
     assert torch.equal((255 * first).round().byte(), load_images("mnist", "test")[::20])
 
 
+def test_a_comparison_goes_through_its_seeds_and_its_number_of_images(tmp_path, monkeypatch):
+    seen = []
+    for each, (_, n, seeds) in compare.EXPERIMENTS.items():
+        record = lambda name, table: seen.append((table.experiment, table.n, table.seed))
+        monkeypatch.setitem(compare.EXPERIMENTS, each, (record, n, seeds))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--lessons", "lesson_05_ddpm", "--output", str(tmp_path)])
+    compare.main()
+    expected = {"calls": (1000, 3), "cost": (64, 1), "backbone": (1000, 3), "many calls": (1000, 3)}
+    expected |= {"ten minutes": (1000, 5), "ten minutes, bits": (500, 5)}
+    assert seen == [(each, n, seed) for each, (n, seeds) in expected.items() for seed in range(seeds)]
+
+
 def test_the_comparison_runs_and_goes_on(tmp_path):
     flags = "compare.py", "calls", "backbone", "--smoke", "--lessons", "lesson_04_ncsnv2", "--output", tmp_path
     first = run_script(*flags)
