@@ -130,7 +130,8 @@ def reference(network, x, t, levels, blocks, patch, scale_shift=False):
 
     DDPM's (App. B, and the authors' code): at each resolution some residual blocks, whose results are all kept; a
     convolution with stride 2 leads down; two blocks are in the middle; on the way up, one block more takes what was
-    kept, and the nearest pixels and a convolution lead to the next resolution. Attention where it is half of the size.
+    kept, and the nearest pixels and a convolution lead to the next resolution. Attention is at
+    the second one and in the middle.
     """
     p, silu = dict(network.named_parameters()), F.silu
 

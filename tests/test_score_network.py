@@ -408,9 +408,8 @@ def test_the_weights_of_a_normalisation_start_near_one(name, more):
     """With a standard deviation of 0.02, as in the authors' code."""
     norm = importlib.import_module(f"lesson_{name}.score_network").InstanceNormPlusPlus(20_000, *more)
     for weights in (norm.gamma.detach(), norm.alpha.detach()):
-        assert float(weights.mean()) == pytest.approx(1, abs=1e-3) and float(weights.std()) == pytest.approx(
-            0.02, rel=0.03
-        )
+        assert float(weights.mean()) == pytest.approx(1, abs=1e-3)
+        assert float(weights.std()) == pytest.approx(0.02, rel=0.03)
     assert not norm.beta.any() and not torch.equal(norm.gamma, norm.alpha)
 
 
