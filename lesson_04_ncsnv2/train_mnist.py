@@ -58,7 +58,7 @@ PRESETS = {
     ),
     "paper on cifar10": dict(width=128),  # what --paper changes besides, with --dataset cifar10
     "smoke": dict(
-        steps=20, batch_size=16, width=8, warmup=0, decay="constant", sigma_L=1.0, T=1, preview_every=10
+        steps=20, batch_size=16, width=8, warmup=0, decay="constant", sigma_L=1.0, T=1, preview_every=20
     ),
 }  # fmt: skip
 

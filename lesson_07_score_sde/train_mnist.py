@@ -71,7 +71,7 @@ PRESETS = {
     ),
     "paper on cifar10": dict(width=128, clip=1 / 3072), "paper on color_mnist": dict(clip=1 / 2352),  # with --dataset
     "smoke": dict(
-        steps=20, batch_size=16, width=8, warmup=0, decay="constant", sigma_L=1.0, N=4, preview_every=10
+        steps=20, batch_size=16, width=8, warmup=0, decay="constant", sigma_L=1.0, N=4, preview_every=20
     ),
 }  # fmt: skip
 

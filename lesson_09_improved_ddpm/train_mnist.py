@@ -61,7 +61,7 @@ PRESETS = {
     ),
     "paper on cifar10": dict(levels=4, dropout=0.3),  # what --paper changes besides, with --dataset cifar10
     "smoke": dict(
-        steps=20, batch_size=16, width=8, warmup=0, decay="constant", T=30, preview_every=10
+        steps=20, batch_size=16, width=8, warmup=0, decay="constant", T=30, preview_every=20
     ),
 }  # fmt: skip
 

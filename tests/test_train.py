@@ -28,7 +28,7 @@ from tests.running import (
     DIFFUSION,
     ENVIRONMENT,
     ROOT,
-    WITHOUT_7,
+    TWO_LESSONS,
     hashes,
     loss_of,
     quick,
@@ -114,7 +114,7 @@ def straight(lesson, tmp_path_factory):
 
 
 def test_smoke_leaves_its_files_and_no_others(lesson, smoke):
-    assert set(hashes(smoke[0])) == files_of_a_run(lesson, 10, 20)
+    assert set(hashes(smoke[0])) == files_of_a_run(lesson, 20)
 
 
 def test_smoke_prints_what_it_is_about_to_do(lesson, smoke):
@@ -135,7 +135,7 @@ def test_smoke_prints_what_it_is_about_to_do(lesson, smoke):
 
 
 def test_smoke_pictures_are_grids_of_64_digits(lesson, smoke):
-    for name in files_of_a_run(lesson, 10, 20):
+    for name in files_of_a_run(lesson, 20):
         if name.startswith("samples"):
             with Image.open(smoke[0] / name) as picture:
                 assert (picture.format, picture.mode, picture.size) == ("PNG", "L", (GRID, GRID)), name
@@ -221,7 +221,7 @@ def test_three_channels(lesson, tmp_path):
     outputs = 2 if lesson.name == "lesson_09_improved_ddpm" else 1
     assert read_checkpoint(tmp_path)["network"]["last.bias"].shape == (outputs * 3 * 2**2,)
     with Image.open(tmp_path / "samples.png") as picture:
-        assert (picture.mode, picture.size) == ("RGB", (4 * 58 + 2, 4 * 58 + 2))
+        assert (picture.mode, picture.size) == ("RGB", (2 * 58 + 2, 2 * 58 + 2))
         r, g, b = (np.asarray(channel) for channel in picture.split())
     assert (r != g).any() and (g != b).any()
 
@@ -341,7 +341,7 @@ def draw_with_signal(draw, number=signal.SIGTERM):
     return interrupted
 
 
-@pytest.mark.lessons(*WITHOUT_7)
+@pytest.mark.lessons(*TWO_LESSONS)
 @pytest.mark.parametrize("every, step", [(10, 11), (1000, 12)], ids=["in a preview", "in the last pictures"])
 def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, every, step):
     """Pictures take long, so they are given up; nothing else is lost, and --resume makes the last ones."""
@@ -356,7 +356,7 @@ def test_a_signal_while_pictures_are_made(lesson, straight, tmp_path, every, ste
     assert_same_run(straight, tmp_path)
 
 
-@pytest.mark.lessons(*WITHOUT_7)
+@pytest.mark.lessons(*TWO_LESSONS)
 def test_a_run_of_so_many_minutes_keeps_the_steps_that_it_found(lesson, tmp_path):
     """They are found in step 10, from what eight steps took; a resume does not look for them again.
 
@@ -370,7 +370,7 @@ def test_a_run_of_so_many_minutes_keeps_the_steps_that_it_found(lesson, tmp_path
     assert result.status == 128 + signal.SIGTERM
     found = json.loads((tmp_path / "config.json").read_text())
     assert found["minutes"] == 0.0 and found["steps"] == 10 + int(0.97 * 1 * 8)
-    assert f"\n{found['steps']} steps of 16 images, about 0.0 minutes with the pictures\n" in result.stdout
+    assert f"\n{found['steps']} steps of 8 images, about 0.0 minutes with the pictures\n" in result.stdout
     assert read_checkpoint(tmp_path)["step"] == 13
     advice = result.stdout.splitlines()[-1].partition("go on with: python train_mnist.py ")[2]
     assert f"--minutes {1 / 15}" in advice
@@ -427,7 +427,7 @@ def test_a_second_run_needs_resume_or_overwrite(lesson, smoke):
         assert hashes(folder) == before
 
 
-@pytest.mark.lessons(*WITHOUT_7)
+@pytest.mark.lessons(*TWO_LESSONS)
 def test_overwrite_replaces_the_earlier_run_and_nothing_else(lesson, straight, tmp_path):
     folder = shutil.copytree(straight, tmp_path / "copy")
     (folder / "samples_step_000123.png").write_text("of the earlier run")
@@ -438,7 +438,7 @@ def test_overwrite_replaces_the_earlier_run_and_nothing_else(lesson, straight, t
     assert read_checkpoint(folder)["step"] == 5
 
 
-@pytest.mark.lessons(*WITHOUT_7)
+@pytest.mark.lessons(*TWO_LESSONS)
 def test_a_finished_run_can_be_resumed_for_its_pictures(lesson, straight, tmp_path):
     folder = shutil.copytree(straight, tmp_path / "copy")
     (folder / "samples.png").unlink()
@@ -469,7 +469,7 @@ def test_a_bad_loss_keeps_the_last_good_checkpoint(lesson, tmp_path, every):
             levels.append(int(100 * (1 - t)) + 1)
         else:
             levels.append(len(how[0]) - int(how[1][3]) if lesson.name in DIFFUSION else int(how[1][3]) + 1)
-        return loss + torch.where(torch.arange(16) == 3, math.inf, 0) if len(levels) == 6 else loss
+        return loss + torch.where(torch.arange(8) == 3, math.inf, 0) if len(levels) == 6 else loss
 
     flags = ("--steps", 8, "--preview-every", every, "--output", tmp_path)
     result = quick(lesson.name, *flags, **{name: loss_with_a_bad_one})
