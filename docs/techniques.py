@@ -131,9 +131,9 @@ def on_levels(network: InBatches, sigmas: Tensor):
 def sample(four: Trained, table: Table, L: int, T: int = 1, r=None, sampler=consistent_annealed_sampling):
     """n images before and after the last denoising step, by a sampler of lesson 4 on L levels, r = epsilon / sigma_L^2.
 
-    r = None is the eta of consistent sampling in lesson 4's sample.py.
+    r = None is the eta of consistent sampling in lesson 4's sample.py; a smoke test then has 6 levels.
     """
-    sigmas, noise = levels(four.network, L), table.noise()
+    sigmas, noise = levels(four.network, 6 if table.smoke and r is None else L), table.noise()
     epsilon = (four.lesson.measured_eta(sigmas) if r is None else r) * float(sigmas[-1]) ** 2
     score, x = on_levels(four.network, sigmas), noise.like(torch.empty(table.n, 1, 28, 28, device=sigmas.device))
     *_, x = sampler(score, sigmas[0] * x, sigmas, T, epsilon, noise)
@@ -358,7 +358,7 @@ def technique_5(three: Trained, four: Trained, table: Table) -> None:
             for a, weights in zip(average.parameters(), network.parameters(), strict=True):
                 a.lerp_(weights, 1 - min(0.995, (1 + step) / (10 + step)))
         for setting, module in zip(frames, (network, average)) if step in times else ():
-            _, x = sample(four._replace(network=in_batches(module, four.config)), table, L=6 if table.smoke else 48)
+            _, x = sample(four._replace(network=in_batches(module, four.config)), table, L=48)
             table.add(setting, step, ink=x.clamp(0, 1).mean().item(), fid=fid(x))
             frames[setting].append(x[:8].cpu())
     path = table.path.parent / "images" / "lesson_04_technique_5_pictures.png"
@@ -375,7 +375,7 @@ def last_step(three: Trained, four: Trained, table: Table) -> None:
     PREDICTION. Background from 0.011 to below 0.004; pixels down by at least half of what lies above the training
     digits; digit FID by less than 1. Lesson 3, which has no such step, gains as much.
     """
-    test = load_images("mnist", "test").flatten(1) / 255
+    test = load_images("mnist", "test")[: 500 if table.smoke else None].flatten(1) / 255
     variances, axes = torch.linalg.eigh(test.double().T.cov())
     to_axes = (axes / (variances.clamp(min=0) + 0.01**2).sqrt()).float()  # (D, D)
     real = test @ to_axes
@@ -479,7 +479,7 @@ def receptive_field(three: Trained, four: Trained, table: Table) -> None:
             how = {"steps": 3, "batch_size": 8, "width": 4} if table.smoke else {}
             _, run = train_lesson("lesson_04_ncsnv2", changed, seed=0, **how)
             trained = four._replace(network=in_batches(run.parts["ema"], run.config))
-            table.add(setting, dilations[0], **quality(*sample(trained, table, L=6 if table.smoke else 96)))
+            table.add(setting, dilations[0], **quality(*sample(trained, table, L=96)))
 
 
 EXPERIMENTS = {  # and how many images each takes
