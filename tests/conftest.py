@@ -35,10 +35,10 @@ hypothesis.settings.load_profile("the same every time")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def files_of_the_repository_are_read_once():
-    """Each file of MNIST takes up to half a second, weights a tenth, and a test run asks for them hundreds of times."""
+def files_are_read_once():
+    """Each file of MNIST takes up to half a second, a checkpoint a tenth, and tests ask for them hundreds of times."""
     unpack, unpacked = common.data._mnist_file, {}
-    load, loaded = common.checkpoint.load_file, {path: None for path in ROOT.glob("lesson_*/*.pt")}
+    load, loaded = common.checkpoint.load_file, {}
 
     def once(name, header):
         file = common.data.MNIST_DIR / name  # a test may have its own
@@ -47,10 +47,13 @@ def files_of_the_repository_are_read_once():
         return unpacked[file]
 
     def load_once(path):
-        if Path(path) not in loaded:  # a test's own
+        if not Path(path).is_file():
             return load(path)
-        loaded[Path(path)] = loaded[Path(path)] or load(path)
-        return copy.deepcopy(loaded[Path(path)])
+        about = Path(path).stat()
+        state = about.st_ino, about.st_mtime_ns, about.st_size  # a test may have written it again
+        if loaded.get(Path(path), (None,))[0] != state:
+            loaded[Path(path)] = state, load(path)
+        return copy.deepcopy(loaded[Path(path)][1])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.data, "_mnist_file", once)

@@ -31,7 +31,7 @@ FEW_SCALES = {
     "lesson_07_score_sde": ("--N", 4),
     "lesson_09_improved_ddpm": ("--T", 4),
 }
-WITHOUT_7 = ("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_05_ddpm", "lesson_09_improved_ddpm")  # where common/ acts
+TWO_LESSONS = ("lesson_03_ncsn", "lesson_09_improved_ddpm")  # the first and the last, where it is common/ that acts
 DIFFUSION = ("lesson_05_ddpm", "lesson_09_improved_ddpm")  # lessons with t in place of noise scales
 LOSS = {  # lessons 3, 4 and 7 have denoising_score_matching_loss
     "lesson_05_ddpm": "noise_prediction_loss",
@@ -83,10 +83,10 @@ def some_pictures(config):
     return common.data.load_pictures(config) if config.images else some_images(config.dataset)
 
 
-def run_here(lesson, *flags, name="train_mnist", digits=1000, samples=16, **patches):
+def run_here(lesson, *flags, name="train_mnist", digits=1000, samples=4, **patches):
     """Runs a lesson's script in this process, with the first 1000 digits (or all: 60 000) and an empty loss.png.
 
-    Pictures are grids of 16 samples, not of 64.
+    Pictures are grids of 4 samples, not of 64.
     patches: {name: value} that the lesson's train_mnist.py, or sample.py, has in place of its own.
     """
     module, out, err = script(lesson, name), io.StringIO(), io.StringIO()
@@ -119,8 +119,8 @@ def run_here(lesson, *flags, name="train_mnist", digits=1000, samples=16, **patc
 
 
 def quick(lesson, *flags, **patches):
-    """run_here for the shortest run that makes every kind of file: 5 steps, no previews, one checkpoint."""
-    flags = ("--steps", 5, "--preview-every", 1000, *FEW_SCALES.get(lesson, ()), *flags)
+    """run_here for the shortest run that makes every kind of file: 5 steps of 8 images, no previews, one checkpoint."""
+    flags = ("--steps", 5, "--batch-size", 8, "--preview-every", 1000, *FEW_SCALES.get(lesson, ()), *flags)
     return run_here(lesson, "--smoke", "--device", "cpu", "--precision", "float32", *flags, **patches)
 
 

@@ -11,7 +11,18 @@ import torch
 from PIL import Image
 
 from tests.conftest import LESSONS
-from tests.running import DIFFUSION, ENVIRONMENT, ROOT, Result, hashes, quick, read_checkpoint, run, run_here
+from tests.running import (
+    DIFFUSION,
+    ENVIRONMENT,
+    ROOT,
+    TWO_LESSONS,
+    Result,
+    hashes,
+    quick,
+    read_checkpoint,
+    run,
+    run_here,
+)
 
 
 def others(lesson):
@@ -357,6 +368,7 @@ def test_a_checkpoint_that_is_further_than_asked_for(lesson, copied):
     ],
     ids="width weights field config network device optimizer mean steps momentum shape generator log".split(),
 )
+@pytest.mark.lessons(*TWO_LESSONS)
 def test_a_checkpoint_whose_parts_do_not_fit(lesson, copied, damage):
     check_damaged(lesson, copied, damage, "checkpoint.pt")
 

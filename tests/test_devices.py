@@ -255,10 +255,10 @@ def test_a_run_goes_on_on_another_kind_of_device(lesson, tmp_path):
     line = "the run was on cuda: it goes on with other random numbers, from seed and step\n"
     assert resumed.stdout.count(line) == 1
     generator = torch.Generator().manual_seed(5 + 1_000_003 * 5)
-    torch.randint(1000, (16,), generator=generator)
+    torch.randint(1000, (8,), generator=generator)
     if lesson.name == "lesson_07_score_sde":  # dequantises the images
-        torch.randn(16, 1, 28, 28, generator=generator)
-    torch.rand(1, generator=generator), torch.randn(16, 1, 28, 28, generator=generator)
+        torch.randn(8, 1, 28, 28, generator=generator)
+    torch.rand(1, generator=generator), torch.randn(8, 1, 28, 28, generator=generator)
     again = read_checkpoint(tmp_path)
     assert again["device"] == "cpu" and again["step"] == 6
     assert torch.equal(again["generator"], generator.get_state())

@@ -536,7 +536,7 @@ def test_a_step_is_that_of_the_objective_and_the_weights(objective, tmp_path):
         assert torch.equal(told, t) and torch.equal(losses, value)
     assert not torch.equal(seen.losses[0][1][3], seen.losses[1][1][3])
     _, arguments, _ = seen.losses[0]
-    gradient = torch.autograd.grad((torch.arange(16) / 4 * expected(seen.start, *arguments)).mean(),
+    gradient = torch.autograd.grad((torch.arange(8) / 4 * expected(seen.start, *arguments)).mean(),
                                    list(seen.start.parameters()))  # fmt: skip
     norm = float(torch.stack([g.norm() for g in gradient]).norm())
     for mine, g in zip(seen.gradients[0], gradient, strict=True):
@@ -575,11 +575,11 @@ def test_the_log_has_the_loss_that_is_minimised_and_where_a_zero_network_would_b
 
 def test_a_resume_goes_on_with_the_history_of_importance_sampling(tmp_path):
     """With four timesteps and batches of 16, it is uniform no longer when the run stops."""
-    flags = ("--objective", "vlb", "--timesteps", "importance")
+    flags = ("--objective", "vlb", "--timesteps", "importance", "--batch-size", 16)
     assert quick(NINE, *flags, "--steps", 8, "--output", tmp_path / "straight").status == 0
     assert quick(NINE, *flags, "--steps", 4, "--output", tmp_path / "halves").status == 0
     assert read_checkpoint(tmp_path / "halves")["timesteps"]["count"].min() >= 10
-    result = quick(NINE, "--resume", "--steps", 8, "--output", tmp_path / "halves")
+    result = quick(NINE, "--resume", "--batch-size", 16, "--steps", 8, "--output", tmp_path / "halves")
     assert result.status == 0, result.stderr
     straight, halves = (read_checkpoint(tmp_path / name) for name in ("straight", "halves"))
     assert straight["timesteps"]["count"].sum() == 8 * 16

@@ -32,7 +32,7 @@ from tests.running import (
     ENVIRONMENT,
     FEW_SCALES,
     ROOT,
-    WITHOUT_7,
+    TWO_LESSONS,
     hashes,
     quick,
     read_checkpoint,
@@ -41,7 +41,7 @@ from tests.running import (
 )
 from tests.test_train import draw_with_signal, files_of_a_run
 
-pytestmark = pytest.mark.lessons(*WITHOUT_7)  # almost all of this is what common/ does
+pytestmark = pytest.mark.lessons(*TWO_LESSONS)  # almost all of this is what common/ does
 FEW = {
     "lesson_03_ncsn": ("--calls", 10),
     "lesson_04_ncsnv2": ("--calls", 22),

@@ -11,7 +11,7 @@ from common.checkpoint import save_checkpoint
 from common.config import RunConfig, parse_config
 from common.errors import LessonError
 from common.run import Run, find_earlier_run, resume_run
-from tests.running import WITHOUT_7, hashes, quick, read_checkpoint, run_here
+from tests.running import TWO_LESSONS, hashes, quick, read_checkpoint, run_here
 
 FILES = ["checkpoint.pt", "config.json", "metrics.csv", "loss.png", "trajectory.gif", "samples.png",
          "samples_before_denoising.png", "samples_step_000500.png", "samples_step_1000000.png"]  # fmt: skip
@@ -39,7 +39,7 @@ def test_each_file_of_a_run_is_seen(tmp_path, name):
     assert (tmp_path / name).read_text() == "of an earlier run"
 
 
-@pytest.mark.lessons(*WITHOUT_7)
+@pytest.mark.lessons(*TWO_LESSONS)
 @pytest.mark.parametrize("flags", [("--learning-rate", "inf"), ("--batch-size", 10**15)], ids=["bad", "too large"])
 def test_overwrite_waits_until_the_new_run_has_taken_a_step(lesson, tmp_path, flags):
     for name in FILES + MINE:
@@ -54,7 +54,7 @@ def test_overwrite_waits_until_the_new_run_has_taken_a_step(lesson, tmp_path, fl
     assert read_checkpoint(tmp_path)["step"] == 5
 
 
-@pytest.mark.lessons(*WITHOUT_7)
+@pytest.mark.lessons(*TWO_LESSONS)
 def test_a_new_run_from_the_numbers_of_an_earlier_one(lesson, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert quick(lesson.name, "--seed", 4, "--clip", 0.3, "--output", first).status == 0
@@ -163,7 +163,7 @@ def test_minutes_that_are_over_end_the_run_soon(monkeypatch, capsys):
     assert config.steps == 10
 
 
-@pytest.mark.lessons(*WITHOUT_7)
+@pytest.mark.lessons(*TWO_LESSONS)
 def test_the_time_is_that_of_eight_steps_after_two(lesson, tmp_path):
     """By a clock that goes on by 3, 9, 2, 2, ... seconds when a step gets its batch."""
     clock, announced, batch = [0.0], [], Run.batch
@@ -180,7 +180,7 @@ def test_the_time_is_that_of_eight_steps_after_two(lesson, tmp_path):
     assert announced == [(10, 2.0)]
 
 
-@pytest.mark.lessons(*WITHOUT_7)
+@pytest.mark.lessons(*TWO_LESSONS)
 def test_config_json_is_written_with_the_checkpoint(lesson, tmp_path):
     assert quick(lesson.name, "--output", tmp_path).status == 0
     assert json.loads((tmp_path / "config.json").read_text()) == read_checkpoint(tmp_path)["config"]

@@ -25,7 +25,7 @@ from lesson_04_ncsnv2.sampler import denoise
 from lesson_04_ncsnv2.unconditional import noise_after_langevin
 from tests import warm
 from tests.conftest import LESSONS
-from tests.running import DIFFUSION, ENVIRONMENT, ROOT, WITHOUT_7, quick, run_here, same_images, script, some_pictures
+from tests.running import DIFFUSION, ENVIRONMENT, ROOT, TWO_LESSONS, quick, run_here, same_images, script, some_pictures
 
 sys.path.append(str(ROOT / "docs"))
 
@@ -165,7 +165,7 @@ def test_a_sample_is_decided_by_its_seed_alone(lesson, tmp_path):
     assert np.array_equal(pixels, (c[:, 0].clamp(0, 1) * 255).round().byte().numpy())
 
 
-@pytest.mark.lessons(*WITHOUT_7)
+@pytest.mark.lessons(*TWO_LESSONS)
 def test_more_images_than_are_drawn_at_once(lesson, tmp_path, monkeypatch):
     flags = ("--num", 5, "--output", tmp_path / "x.png", "--save-tensor")
     done(sample(lesson.name, *flags, tmp_path / "whole"))
@@ -891,7 +891,7 @@ def from_a_folder(lesson, tmp_path_factory):
     return folder
 
 
-@pytest.mark.lessons(*WITHOUT_7)
+@pytest.mark.lessons(*TWO_LESSONS)
 def test_a_pretrained_checkpoint_is_made_from_a_run(lesson, in_color, tmp_path, monkeypatch):
     """Rounded to float16, the network draws the same pictures up to a grey level or two."""
     folder = tmp_path / lesson.name

@@ -19,7 +19,7 @@ from common.noise import SeededNoise
 from tests.running import DIFFUSION, loss_of, quick, read_checkpoint, script, some_images
 from tests.test_train import DENOISED
 
-STEPS, B = 12, 16
+STEPS, B = 12, 8
 NEW_LADDER = {
     "lesson_03_ncsn": ("--sigma-1", 2, "--sigma-L", 0.5, "--L", 7, "--T", 3),
     "lesson_04_ncsnv2": (),
