@@ -133,8 +133,8 @@ def test_a_mistake_is_one_line_of_one_process(tmp_path):
 
 def started(folder, pictures):
     """A long run in two processes, and the process ids of both, when some steps are done."""
-    flags = (*FLAGS, *pictures, "--steps", 10**6, "--preview-every", 20, "--output", folder / "run")
-    process = torchrun("lesson_05_ddpm", *flags, folder=folder)
+    flags = (*FLAGS, *FEW_SCALES["lesson_05_ddpm"], *pictures, "--steps", 10**6, "--preview-every", 5)
+    process = torchrun("lesson_05_ddpm", *flags, "--output", folder / "run", folder=folder)
     wait_until((folder / "run" / "checkpoint.pt").exists, process)
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
     workers = [int(word) for word in found.split()]
@@ -180,7 +180,7 @@ def test_a_process_that_dies_ends_the_other_with_one_line(pictures, tmp_path):
         kill(process)
     ours = [line for line in (tmp_path / "stderr").read_text().splitlines() if "error: " in line]
     assert len(ours) == 1 and "error: another process of this run has ended; go on " in ours[0]
-    assert read_checkpoint(tmp_path / "run")["step"] >= 20
+    assert read_checkpoint(tmp_path / "run")["step"] >= 5
     assert not os.path.isdir(f"/proc/{workers[0]}")
 
 
