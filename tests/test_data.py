@@ -283,6 +283,11 @@ def test_load_folder_says_what_it_does_not_read(folder, capsys):
     load_folder(folder, 8, 3)
     line = f"1 pictures from {folder}, 4 files left out (2 .txt, 1 without an ending, 1 .svg)\n"
     assert capsys.readouterr().err == line
+    for k in range(4):  # six kinds now, of which five are named
+        (folder / f"e.kind{k}").touch()
+    load_folder(folder, 8, 3)
+    line = "8 files left out (2 .txt, 1 without an ending, 1 .svg, 1 .kind0, 1 .kind1)\n"
+    assert capsys.readouterr().err.endswith(line)
 
 
 @pytest.mark.parametrize("ending", ["tif", "tiff", "jfif", "ppm", "tga"])
