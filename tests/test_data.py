@@ -35,7 +35,7 @@ def test_mnist_train_is_the_one_everybody_has():
     assert images.shape == (60000, 1, 28, 28)
     # the mean that every tutorial subtracts
     assert images.float().mean().item() / 255 == pytest.approx(0.1307, abs=5e-5)
-    images[0] = 0  # the memory is ours
+    images[0] = images[0].clone()  # the memory is ours
 
 
 def test_mnist_test_split_and_labels():
@@ -100,6 +100,8 @@ def test_unknown_names_list_the_choices(name):
         load_images("mnist", name)
     with pytest.raises(LessonError, match="mnist, color_mnist"):
         load_labels("cifar10")
+    with pytest.raises(LessonError, match="train, test"):
+        load_labels("mnist", name)
 
 
 # torchvision's data sets

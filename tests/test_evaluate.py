@@ -13,6 +13,7 @@ import torch
 import common.bench
 import common.cli
 import common.evaluate
+from common.errors import LessonError
 from common.files import Claim
 from common.machine import choose_device
 from common.noise import SeededNoise
@@ -164,6 +165,12 @@ def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
         assert re.search(rf"^smoke, {precision} +64\.0 +{16 * first}\.0$", out, re.MULTILINE), out
     assert len(steps) == rounds * 2 * 5 and out.startswith(f"{lesson.name}, ")
     assert re.search("^train_mnist.py chooses (float32|bfloat16)$", out, re.MULTILINE)
+
+
+def test_a_bench_of_no_rounds(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "0"])
+    with pytest.raises(LessonError, match="--rounds must be greater than zero"):
+        common.bench.main()
 
 
 def test_bench_starts_as_the_makefile_starts_it():

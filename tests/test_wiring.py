@@ -193,8 +193,10 @@ def test_technique_2_counts_all_channels(tmp_path):
     module, dimensions = script("lesson_04_ncsnv2"), []
     ratio = module.noise_scale_ratio
     flags = ("--dataset", "color_mnist", "--output", tmp_path)
-    quick("lesson_04_ncsnv2", *flags, noise_scale_ratio=lambda D, overlap: dimensions.append(D) or ratio(D, overlap))
+    count = lambda D, overlap: dimensions.append(D) or ratio(D, overlap)
+    result = quick("lesson_04_ncsnv2", *flags, noise_scale_ratio=count)
     assert dimensions == [3 * 28 * 28]
+    assert result.stderr.count("looking for the largest distance between two of 1000 pictures\n") == 1
 
 
 def first_gradient(lesson, seen):
