@@ -141,10 +141,9 @@ def test_info(lesson):
 @pytest.mark.lessons("lesson_05_ddpm")  # one is enough: it is common/ that prints
 def test_info_may_be_read_in_part(lesson):
     """`python sample.py --info | head -1`: the reader is gone before Python has given away what was printed."""
-    command, env = [sys.executable, "sample.py", "--info"], {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}
-    process = subprocess.Popen(
-        command, cwd=ROOT / lesson.name, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "sample.py", "--info", "--checkpoint", "pretrained.pt"]
+    how = {"cwd": ROOT / lesson.name, "env": {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}, "text": True}
+    process = subprocess.Popen(command, **how, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 1
 
