@@ -113,6 +113,10 @@ def save_loss_plot(rows: Sequence[Sequence[float]], bands: Sequence[str], path: 
     from matplotlib.figure import Figure  # not pyplot, which keeps global state; here, because importing it is slow
     from matplotlib.ticker import LogFormatter
 
+    class PlainNumbers(LogFormatter):  # 0.02, not 2e-02
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     steps, losses, *columns = np.asarray(rows, dtype=float).reshape(-1, 2 + len(bands)).T
     figure = Figure(figsize=(13, 4.5))
     left, right = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.79, "top": 0.92, "wspace": 0.18})
@@ -126,7 +130,7 @@ def save_loss_plot(rows: Sequence[Sequence[float]], bands: Sequence[str], path: 
     for panel, title in ((left, "training loss"), (right, "loss by noise level (running means)")):
         panel.set(title=title, xlabel="step", ylabel="loss", yscale="log")
         panel.yaxis.set_major_formatter("{x:g}")  # 200, not 2 x 10^2
-        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        panel.yaxis.set_minor_formatter(PlainNumbers(minor_thresholds=(2, 0.5)))
         panel.grid(alpha=0.3, which="both")
     left.legend()
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -154,6 +154,21 @@ def test_loss_plot_of_any_length_without_warnings(tmp_path, S):
     assert read(tmp_path / "x.png").shape[:2] == (450, 1300)
 
 
+@pytest.mark.parametrize("loss", [0.03, 3e4])
+def test_all_of_a_loss_plot_is_in_the_picture_and_its_numbers_are_plain(tmp_path, monkeypatch, loss):
+    """The margins are fixed: room for 0.02 or 20000 on the left, and for the longest name of a band on the right."""
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: figures.append(figure))
+    name = "sigma 0.006476 to 0.001234"
+    save_loss_plot([[1, loss, loss], [2, loss / 3, loss / 3]], [name], tmp_path / "x.png", reference=loss)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    left, right = (panel.get_tightbbox() for panel in figure.axes)
+    assert 0 < left.x0 < left.x1 < right.x0 < right.x1 < 1300 and 0 < left.y0 < left.y1 < 450
+    numbers = [label.get_text() for panel in figure.axes for label in panel.get_yticklabels(which="both")]
+    assert f"{loss / 3 * 2:g}" in numbers and all(text == "" or text == f"{float(text):g}" for text in numbers)
+
+
 def test_loss_plot_draws_means_bands_and_the_reference(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: figures.append(figure))
