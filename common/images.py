@@ -119,7 +119,7 @@ def save_loss_plot(rows: Sequence[Sequence[float]], bands: Sequence[str], path: 
 
     steps, losses, *columns = np.asarray(rows, dtype=float).reshape(-1, 2 + len(bands)).T
     figure = Figure(figsize=(13, 4.5))
-    left, right = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.79, "top": 0.92, "wspace": 0.18})
+    left, right = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.77, "top": 0.92, "wspace": 0.24})
     left.plot(steps, losses, linewidth=0.5, alpha=0.4, label="ten steps each")
     left.plot(*_running_mean(steps, losses), linewidth=2, label="running mean")
     for k, (name, column) in enumerate(zip(bands, columns, strict=True)):

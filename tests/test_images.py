@@ -154,12 +154,12 @@ def test_loss_plot_of_any_length_without_warnings(tmp_path, S):
     assert read(tmp_path / "x.png").shape[:2] == (450, 1300)
 
 
-@pytest.mark.parametrize("loss", [0.03, 3e4])
+@pytest.mark.parametrize("loss", [0.003, 3e5])
 def test_all_of_a_loss_plot_is_in_the_picture_and_its_numbers_are_plain(tmp_path, monkeypatch, loss):
-    """The margins are fixed: room for 0.02 or 20000 on the left, and for the longest name of a band on the right."""
+    """The margins are fixed: room for 0.002 or 200000 on the left, and for the longest name of a band on the right."""
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: figures.append(figure))
-    name = "sigma 0.006476 to 0.001234"
+    name = "sigma 0.0006476 to 0.0001234"
     save_loss_plot([[1, loss, loss], [2, loss / 3, loss / 3]], [name], tmp_path / "x.png", reference=loss)
     (figure,) = figures
     figure.draw_without_rendering()
