@@ -50,10 +50,10 @@ def files_are_read_once():
         if not Path(path).is_file():
             return load(path)
         about = Path(path).stat()
-        state = about.st_ino, about.st_mtime_ns, about.st_size  # a test may have written it again
-        if loaded.get(Path(path), (None,))[0] != state:
-            loaded[Path(path)] = state, load(path)
-        return copy.deepcopy(loaded[Path(path)][1])
+        file = Path(path), about.st_ino, about.st_mtime_ns, about.st_size  # a test may have written it again
+        if file not in loaded:
+            loaded[file] = load(path)
+        return copy.deepcopy(loaded[file])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.data, "_mnist_file", once)
