@@ -1,11 +1,11 @@
 """The five lessons on equal terms: `python docs/compare.py`, or names of some of its experiments.
 
-`calls` and `cost` take the weights of the lesson runs: pretrained.pt is seed 0, and seed 1 and 2 are in output_1 and
-output_2 of a lesson's folder (`python train_mnist.py --seed 1 --output output_1`). `ten minutes` and `ten minutes,
-bits` take output_ten (`python train_mnist.py --minutes 10 --output output_ten`), and output_ten_1 to output_ten_4 (the
-same with `--seed 1`, or the `--steps` that the first run found). What is not there is left out. `backbone` trains.
-Adds lines to docs/compare.csv after each measurement, and leaves out those that are there; `python docs/figures.py
-compare` makes a picture of them. The seed of a line is that of the training.
+`calls`, `many calls`, `bits` and `cost` take the weights of the lesson runs: pretrained.pt is seed 0, and seed 1 and 2
+are in output_1 and output_2 of a lesson's folder (`python train_mnist.py --seed 1 --output output_1`). `ten minutes`
+and `ten minutes, bits` take output_ten (`python train_mnist.py --minutes 10 --output output_ten`), and output_ten_1 to
+output_ten_4 (the same with `--seed 1`, or the `--steps` that the first run found). What is not there is left out.
+`backbone` trains. Adds lines to docs/compare.csv after each measurement, and leaves out those that are there; `python
+docs/figures.py compare` makes a picture of them. The seed of a line is that of the training.
 """
 
 import os
@@ -190,6 +190,7 @@ EXPERIMENTS = {  # and how many images and seeds each takes
     "cost": (cost, 64, 1),
     "backbone": (backbone, 1000, 3),
     "many calls": (calls, 1000, 3),
+    "bits": (likelihood, 500, 3),
     "ten minutes": (calls, 1000, 5),
     "ten minutes, bits": (likelihood, 500, 5),
 }

@@ -295,6 +295,7 @@ def test_a_comparison_goes_through_its_seeds_and_its_number_of_images(tmp_path, 
     monkeypatch.setattr(sys, "argv", ["compare.py", "--lessons", "lesson_05_ddpm", "--output", str(tmp_path)])
     compare.main()
     expected = {"calls": (1000, 3), "cost": (64, 1), "backbone": (1000, 3), "many calls": (1000, 3)}
+    expected |= {"bits": (500, 3)}
     expected |= {"ten minutes": (1000, 5), "ten minutes, bits": (500, 5)}
     assert seen == [(each, n, seed) for each, (n, seeds) in expected.items() for seed in range(seeds)]
 
