@@ -48,6 +48,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def log_ndtr(x: Tensor) -> Tensor:
+    """ln of the normal distribution function, exact far below 0 too; any shape. MPS has none: the CPU computes it."""
+    return torch.special.log_ndtr(x.cpu() if x.device.type == "mps" else x).to(x.device)
+
+
 @functools.cache
 def bfloat16_speedup(device: torch.device) -> float:
     """How many times as fast as in float32 a matrix product is in bfloat16: the least of six times of each.

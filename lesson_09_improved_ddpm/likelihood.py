@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from common.machine import log_ndtr
 from common.noise import Noise, noise_like
 
 Network = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x_t, t) -> eps and v, shaped like x_t
@@ -28,7 +29,7 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor
     high = torch.where(x > 1 - 1 / 255, math.inf, (x + 1 / 255 - mean) / sigma)
     # The same probability by the other tail, where the logarithm is exact
     low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
-    ln_low, ln_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    ln_low, ln_high = log_ndtr(low), log_ndtr(high)
     return ln_high + torch.log(-torch.expm1(ln_low - ln_high))  # ln (Phi(high) - Phi(low))
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.machine import log_ndtr
+
 Network = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x_t, t) -> eps and v, shaped like x_t
 
 
@@ -51,7 +53,7 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor
     low = torch.where(x < -1 + 1 / 255, -math.inf, (x - 1 / 255 - mean) / sigma)
     high = torch.where(x > 1 - 1 / 255, math.inf, (x + 1 / 255 - mean) / sigma)
     low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
-    ln_low, ln_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    ln_low, ln_high = log_ndtr(low), log_ndtr(high)
     return ln_high + torch.log(-torch.expm1(ln_low - ln_high))
 
 

@@ -1,18 +1,23 @@
 """Devices that no test machine has. Fake tensors know their device and compute nothing, so they find what would meet a
-tensor of another device on a GPU; and a run in which no tensor of the device becomes float64, which MPS does not have.
+tensor of another device on a GPU; and a run in which no tensor of the device becomes float64, which MPS does not have,
+and of whose operations MPS has each.
 """
 
-from functools import partial
+import re
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
+import torchgen
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.machine import InBatches
+from common.machine import InBatches, log_ndtr
 from common.noise import SeededNoise, noise_like
 from common.optimizer import Optimizer
-from tests.running import DIFFUSION, quick, read_checkpoint, run_here, script
+from tests.running import DIFFUSION, ROOT, quick, read_checkpoint, run_here, script
 
 CUDA = torch.device("cuda")
 ENOUGH = 2.0  # what a number on the device is taken for where the code asks for it
@@ -212,7 +217,42 @@ def test_fake_tensors_find_what_is_on_two_devices(fake):
         torch.empty(3, device=CUDA) + torch.empty(3)
 
 
-def test_no_tensor_of_the_device_becomes_float64(lesson, tmp_path, monkeypatch):
+class Operations(TorchDispatchMode):
+    """Notes each operation that PyTorch is asked for, backwards too, and the kind of device of its first argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        schema = operation._schema
+        name = f"{schema.name.removeprefix('aten::')}.{schema.overload_name}".removesuffix(".")
+        self.seen.add((name, arguments[0].device.type if arguments and torch.is_tensor(arguments[0]) else None))
+        return operation(*arguments, **(options or {}))
+
+
+@cache
+def kernels():
+    """{operation: what PyTorch's own list says of it, which devices have it among that}."""
+    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    return {part.partition("(")[0]: part for part in text.split("\n- func: ")[1:]}
+
+
+def mps_has(operation):
+    about = kernels()[operation]
+    other = re.search(r"structured_delegate: (\S+)", about)  # which computes it
+    return mps_has(other[1]) if other else "dispatch:" not in about or bool(re.search("MPS|Composite", about))
+
+
+def test_a_logarithm_that_mps_lacks_is_computed_by_the_cpu():
+    with FakeTensorMode():
+        for device, by in (("mps", "cpu"), ("cuda", "cuda"), ("cpu", "cpu")):
+            with Operations() as run:
+                assert log_ndtr(torch.empty(3, device=device)).device.type == device
+            assert ("special_log_ndtr", by) in run.seen
+
+
+def test_no_tensor_of_the_device_becomes_float64_and_mps_has_each_operation(lesson, tmp_path, monkeypatch):
     """MPS has no float64. Here the CPU is the device, and only what `.cpu()` returned may become float64.
 
     What is made in float64, on the CPU, may stay it, but does not go to a device without a change.
@@ -236,11 +276,17 @@ def test_no_tensor_of_the_device_becomes_float64(lesson, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", remembered)
     monkeypatch.setattr(torch.Tensor, "double", refuse)
     monkeypatch.setattr(torch.Tensor, "to", refuse_to)
-    result = quick(lesson.name, "--steps", 10, "--preview-every", 5, "--output", tmp_path)
-    assert result.status == 0, result.stderr
-    flags = ("--checkpoint", tmp_path / "checkpoint.pt", "--num", 2, "--output", tmp_path / "x.png")
-    for verb in ((), ("--inpaint", "left"), ("--denoise",), ("--interpolate",)):
-        assert run_here(lesson.name, *flags, *verb, name="sample").status == 0
+    with Operations() as run:
+        result = quick(lesson.name, "--steps", 10, "--preview-every", 5, "--output", tmp_path)
+        assert result.status == 0, result.stderr
+        flags = ("--checkpoint", tmp_path / "checkpoint.pt", "--num", 2, "--output", tmp_path / "x.png")
+        for verb in ((), ("--inpaint", "left"), ("--denoise",), ("--interpolate",)):
+            assert run_here(lesson.name, *flags, *verb, name="sample").status == 0
+    names = {name for name, _ in run.seen}
+    lacking = {name for name in names if not mps_has(name)}
+    assert len(names) > 90 and lacking <= {"special_log_ndtr"}  # for which there is common.machine.log_ndtr
+    source = "".join(path.read_text() for path in (ROOT / lesson.name).glob("*.py"))
+    assert "special.log_ndtr" not in source
 
 
 def test_a_run_goes_on_on_another_kind_of_device(lesson, tmp_path):
