@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -29,13 +29,15 @@ class StopRequest:
     def __init__(self):
         self.signal_number, self.since = 0, 0.0
         for number in ENDS:
-            signal.signal(number, self._remember)
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup: the terminal may close
+                signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
         if not self.signal_number:
             self.signal_number, self.since = number, time.monotonic()
             if ranks.rank() == 0 and number == signal.SIGINT:
-                os.write(2, b"\nfinishing the step, and saving; Ctrl-C again ends at once\n")
+                with suppress(OSError):  # Ctrl-C has ended `tee`, too, which read it
+                    os.write(2, b"\nfinishing the step, and saving; Ctrl-C again ends at once\n")
         elif time.monotonic() > self.since + 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -51,14 +53,16 @@ def progress(total: int, unit: str, **how) -> tqdm:
 
 
 class _Lines:
-    """What tqdm writes, but each state of the bar a line of its own."""
+    """What tqdm writes, but each state of the bar a line of its own. That nobody reads them must not end a run."""
 
     def write(self, text):
         if text.strip():
-            sys.stderr.write(text.strip() + "\n")
+            with suppress(OSError):
+                sys.stderr.write(text.strip() + "\n")
 
     def flush(self):
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def run(main) -> None:
@@ -77,7 +81,7 @@ def run(main) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except LessonError as error:
+    except (LessonError, OSError) as error:  # OSError: a folder that may not be entered, a log on a full disk
         _fail(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):

@@ -96,13 +96,14 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None) -> tupl
     if resume and path:
         parser.error("--config starts a new run: leave out --resume, which goes on with an earlier one")
     named = {name: value for name, value in flags.items() if value is not None}
-    if named.get("images"):
-        named["images"] = os.path.abspath(named["images"])  # so that a resume and sample.py find it from anywhere
     dataset = named.get("dataset", config_class.dataset)
     changes = {**presets.get(preset, {}), **presets.get(f"{preset} on {dataset}", {})}
     if path:  # never beside a preset
         changes = _read(os.path.expanduser(path), config_class)
-    return config_class(**{**changes, **named}), set(named) | set(changes), resume, overwrite
+    values = {**changes, **named}
+    if values.get("images"):  # so that a resume and sample.py find it from anywhere
+        values["images"] = os.path.abspath(os.path.expanduser(values["images"]))
+    return config_class(**values), set(values), resume, overwrite
 
 
 def _read(path, config_class):

@@ -34,7 +34,7 @@ CALL = 4  # a step with an image takes as long as so many network calls to sampl
 FILES = re.compile(  # what a run writes
     r"checkpoint\.pt|config\.json|metrics\.csv|loss\.png|trajectory\.gif|samples(_before_denoising|_step_\d{6,})?\.png"
 )
-FREE_TO_CHANGE = {"steps", "minutes", "preview_every", "device", "precision", "output"}  # by --resume
+FREE_TO_CHANGE = {"steps", "minutes", "preview_every", "device", "precision", "output", "images"}  # by --resume
 
 
 def start(train, config_class, presets: dict[str, dict], lesson: str) -> None:
@@ -266,9 +266,10 @@ class Run:
     def _exit(self, what_happened):
         """Ends the program as a signal would, after a line that says how to go on."""
         if self.leads:
-            script = shlex.join(word for word in sys.argv if word not in ("--resume", "--overwrite"))
             python = "python" if ranks.world() == 1 else f"torchrun --nproc-per-node {ranks.world()}"
-            print(f"{what_happened}; go on with: {python} {script} --resume", flush=True)
+            where = ["--output", self.config.output] if self.config.output != RunConfig.output else []
+            script = shlex.join([sys.argv[0], *where, "--resume"])  # the checkpoint knows all other flags
+            print(f"{what_happened}; go on with: {python} {script}", flush=True)
         ranks.leave()
         sys.exit(128 + self.ending)
 

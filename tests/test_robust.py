@@ -139,6 +139,19 @@ def test_a_resume_on_other_pictures_is_refused(lesson, pictures, tmp_path):
     assert run_here(lesson.name, "--resume", "--steps", 8, "--output", folder).status == 0
 
 
+def test_a_folder_of_pictures_that_has_been_moved_is_named_anew(lesson, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "mine")
+    folder = tmp_path / "run"
+    assert quick(lesson.name, *on(tmp_path / "mine"), "--output", folder).status == 0
+    (tmp_path / "mine").rename(tmp_path / "yours")
+    again = "--resume", "--steps", 8, "--output", folder
+    assert "mine is not a folder" in run_here(lesson.name, *again).stderr
+    result = run_here(lesson.name, *again, "--images", tmp_path / "yours")
+    assert result.status == 0, result.stderr
+    assert read_checkpoint(folder)["step"] == 8
+    assert read_checkpoint(folder)["config"]["images"] == str(tmp_path / "yours")
+
+
 def test_a_run_does_not_read_what_it_wrote(lesson, pictures, tmp_path):
     mine = shutil.copytree(pictures, tmp_path / "mine")
     assert quick(lesson.name, *on(mine), "--output", mine / "output").status == 0
@@ -229,6 +242,52 @@ def test_a_closed_terminal_is_a_request_to_stop(lesson, tmp_path):
     assert result.status == 128 + signal.SIGHUP and read_checkpoint(tmp_path)["step"] == 6
     assert run_here(lesson.name, "--resume", "--output", tmp_path).status == 0
     assert read_checkpoint(tmp_path)["step"] == 12
+
+
+def test_a_terminal_that_nohup_may_close_is_no_request_to_stop():
+    """A program started by nohup has been told not to hear SIGHUP, and goes on when its terminal is closed."""
+    handlers = {number: signal.getsignal(number) for number in common.cli.ENDS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for a program behind `&`
+        stop = common.cli.StopRequest()
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+        stop = common.cli.StopRequest()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal_number == signal.SIGINT
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_ctrl_c_that_ends_the_reader_of_stderr_first_loses_nothing(tmp_path):
+    """As `python train_mnist.py 2>&1 | tee log`: the terminal tells both, and tee does not wait."""
+    name, folder = "lesson_05_ddpm", tmp_path / "run"
+    flags = ("--smoke", "--precision", "float32", "--steps", 10**6, "--preview-every", 10**6, "--output", folder)
+    command = [sys.executable, "train_mnist.py", *map(str, flags)]
+    how = {"cwd": ROOT / name, "env": {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **how, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert any("minutes with the pictures" in line for line in process.stdout)
+            process.stdout.close()
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode != 0 and read_checkpoint(folder)["step"] >= 10
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "ro"), OSError(28, "No space left")])
+def test_what_the_operating_system_refuses_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        common.cli.run(main)
+    assert ended.value.code == f"error: {error}" and capsys.readouterr() == ("", "")
 
 
 # Memory and time
