@@ -3,6 +3,7 @@
 import hashlib
 import lzma
 import math
+import os
 import sys
 import warnings
 from collections import Counter
@@ -66,7 +67,7 @@ def load_folder(folder: str | Path, image_size: int, channels: int) -> Tensor:
     that a training wrote. A line on stderr says how many pictures were read, and what was left out.
     Raises LessonError if the folder is missing or no picture in it can be read.
     """
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir() raises where a folder may not be entered
         raise LessonError(f"{folder} is not a folder: name one that holds pictures")
     Image.init()
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -101,7 +102,7 @@ def _files(folder, failures, above=()):
     if here in above or {"checkpoint.pt", "config.json"} <= {path.name for path in names}:
         return  # a link to a folder that it is in, or what a run has written
     for path in names:
-        if path.is_dir():
+        if os.path.isdir(path):
             yield from _files(path, failures, (*above, here))
         else:
             yield path
@@ -119,7 +120,7 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
     """A picture of exactly `size` (H, W) pixels as booleans (H, W): True where it is nearer to white than to black."""
     try:
         with Image.open(path) as picture:
-            gray = np.asarray(picture.convert("L"))
+            gray = np.asarray(_eight_bits(picture).convert("L"))
     except Exception as error:
         raise LessonError(f"cannot read the mask {path}: {_one_line(error)}") from error
     if gray.shape != size:
@@ -188,14 +189,19 @@ def _torchvision_images(name, split):
     return images.permute(0, 3, 1, 2).contiguous() if name == "cifar10" else images.unsqueeze(1)
 
 
+def _eight_bits(picture):
+    """A picture of 16 bits a pixel, scaled to 8: convert() would clip it. Others as they are."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+
+
 def _read_picture(path, size, channels):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file that unpacks into gigabytes
         with Image.open(path) as picture:
-            if picture.mode.startswith("I"):  # 16 bits a pixel: convert() would clip them, not scale them
-                picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+            picture = _eight_bits(ImageOps.exif_transpose(picture)).convert("RGBA")
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)  # the centre square, resized
     page = Image.new("RGBA", picture.size, "white")
     page.alpha_composite(picture)

@@ -58,6 +58,8 @@ def main() -> None:
                 torch.save(samples, temporary)
     elif named[1:]:  # the first is the path
         raise LessonError(f"{options.path} has the samples already: leave out {', '.join(named[1:])}")
+    elif not (samples.numel() and samples.is_floating_point()):
+        raise LessonError(f"{options.path} holds no samples: save floats (N, 1 or 3, 28, 28) in [0, 1]")
     elif samples.min() < -0.05 or samples.max() > 1.05:
         low, high = samples.min(), samples.max()
         print(f"values from {low:.2f} to {high:.2f} are clamped to [0, 1]; if black is -1, save (x + 1) / 2")

@@ -130,6 +130,7 @@ def play(lesson: ModuleType, options: Namespace) -> None:
         chosen = getattr(options, name)
         setattr(config, name, getattr(config, name, None) if chosen is None else chosen)
     config.images = options.images or config.images
+    config.channels, config.image_size = checkpoint["image_shape"][:2]  # as which pictures of a folder are read
     if options.info:
         return print_info(checkpoint, network, lesson.noise_levels(network, config), path)
     for name in (options.output, options.save_tensor, options.gif, options.strip):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from common import data
-from common.data import load_folder, load_images, load_labels
+from common.data import load_folder, load_images, load_labels, load_mask
 from common.errors import LessonError
 from tests.running import quick, read_checkpoint
 
@@ -254,6 +254,21 @@ def test_load_folder_reads_cmyk_and_turns_photographs_upright(tmp_path):
     assert cmyk[1:].max() < 60
     assert upside_down[:, 0].max() < 30
     assert upside_down[:, 1].min() > 225
+
+
+def test_16_and_32_bits_are_turned_upright_and_scaled(tmp_path):
+    pixels = np.zeros((20, 20), np.uint16)
+    pixels[:10] = 65535  # white above black
+    exif = Image.Exif()
+    exif[0x0112] = 3  # was taken upside down
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "b.tif")
+    turned, bright = load_folder(tmp_path, 2, 1)[:, 0]
+    assert turned[0].max() < 30 and turned[1].min() > 225 and bright.unique().tolist() == [255]
+    mask = np.full((4, 4), 20_000, np.uint16)  # a third of white
+    mask[:, :2] = 40_000
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    assert torch.equal(load_mask(tmp_path / "mask.png", (4, 4)), torch.tensor([[True, True, False, False]] * 4))
 
 
 def test_load_folder_names_what_it_leaves_out(folder, capsys, monkeypatch):

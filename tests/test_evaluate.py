@@ -125,6 +125,13 @@ def test_what_is_no_digit_is_not_judged(lesson, short, evaluate, tmp_path, monke
         assert result.status == 1 and expected in result.stderr and given == []
 
 
+@pytest.mark.parametrize("samples", [torch.empty(0, 1, 28, 28), torch.zeros(4, 1, 28, 28, dtype=torch.uint8)])
+def test_tensors_that_are_no_samples(evaluate, samples, tmp_path):
+    torch.save(samples, tmp_path / "x.pt")
+    result, _ = evaluate(tmp_path / "x.pt")
+    assert result.status == 1 and "holds no samples: save floats" in result.stderr
+
+
 def test_files_that_are_no_checkpoint(evaluate, tmp_path):
     torch.save([1], tmp_path / "list.pt")
     for name, expected in (("absent.pt", "there is no file"), ("list.pt", "is not a checkpoint of these lessons")):

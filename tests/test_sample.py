@@ -394,6 +394,14 @@ def test_inpainting_with_a_mask_of_ones_own(tmp_path):
     assert np.array_equal(read_mask(str(tmp_path / "mask.png"), 28, 28)[0, 0].numpy(), pixels / 255)
 
 
+@pytest.mark.lessons(*TWO_LESSONS)
+@pytest.mark.parametrize("verb", [("--inpaint", "left"), ("--denoise",), ("--nearest",)], ids=lambda verb: verb[0])
+def test_a_folder_of_other_pictures_is_read_as_the_network_needs_them(lesson, verb, tmp_path):
+    Image.new("RGB", (60, 40), "white").save(tmp_path / "photograph.png")
+    flags = ("--images", tmp_path, "--num", 2, "--output", tmp_path / "f.png")
+    done(sample(lesson.name, *verb, *flags, few=FEW_LANGEVIN))
+
+
 # Interpolation, nearest, denoise
 
 
