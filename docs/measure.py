@@ -25,6 +25,7 @@ from common.cli import run
 from common.config import check_choice, check_range
 from common.data import load_images, load_labels
 from common.digit_metrics import digit_features, frechet_distance, precision_recall
+from common.files import atomic_write
 
 GAP = 5  # pixels: a little more than the width of a stroke
 COLUMNS = ("damage", "strength", "n", "seed", "fid", "precision", "recall", *origin.COLUMNS)
@@ -145,7 +146,7 @@ def main() -> None:
             features = digit_features(damaged(damage, strength, options.num, seed))
             numbers = (frechet_distance(features, test_features), *precision_recall(test_features, features))
             lines.append([*key, *(f"{number:.3f}" for number in numbers), *origin.origin(damage)])
-            with options.csv.open("w", newline="") as file:
+            with atomic_write(options.csv) as temporary, open(temporary, "w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(lines)
     print(write_table(lines, options.num))
 

@@ -17,6 +17,7 @@ import origin
 from common.checkpoint import load_lesson, load_network
 from common.cli import run
 from common.digit_metrics import digit_report
+from common.files import atomic_write
 from common.machine import choose_device, sampling_precision
 from common.play import sample_all
 
@@ -44,7 +45,7 @@ def main() -> None:
         found = digit_report(x.clamp(0, 1))["samples"]
         numbers = [f"{found[name]:.3f}" for name in ("fid", "precision", "recall")]
         lines.append([sampler, calls, options.num, 1, *numbers, *origin.origin()])
-        with options.csv.open("w", newline="") as file:
+        with atomic_write(options.csv) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
 
 

@@ -24,6 +24,7 @@ from sampler import annealed_langevin_dynamics
 from common.cli import run
 from common.config import check_range
 from common.data import load_images
+from common.files import check_writable
 from common.images import check_finite, save_grid
 
 
@@ -67,6 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in ("steps", "T"):
         check_range(f"--{name}", getattr(options, name))
+    check_writable(options.output)  # now, not after the work
 
     torch.manual_seed(0)
     images, sigmas = load_images("mnist"), geometric_noise_scales(1.0, 0.01, 10)

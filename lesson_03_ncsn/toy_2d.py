@@ -26,7 +26,7 @@ from sampler import annealed_langevin_dynamics
 
 from common.cli import run
 from common.config import check_range
-from common.files import atomic_write
+from common.files import atomic_write, check_writable
 from common.images import save_gif
 
 WEIGHTS = torch.tensor([0.2, 0.8])
@@ -160,6 +160,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in ("steps", "num", "T"):
         check_range(f"--{name}", getattr(options, name))
+    check_writable(options.output / "toy_langevin.gif")  # now, not after the work
     torch.manual_seed(0)
 
     def score(x, sigma=SIGMA):

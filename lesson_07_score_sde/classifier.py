@@ -18,6 +18,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, an
 from common.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from common.cli import progress, run
 from common.data import load_images, load_labels
+from common.files import check_writable
 from common.layers import GroupNorm
 from common.noise import noise_like
 from common.optimizer import Optimizer
@@ -95,6 +96,7 @@ def noisy_digits(images: Tensor, labels: Tensor, generator: torch.Generator, n: 
 
 def train() -> None:
     """Trains on 60 000 digits with noise of all scales, and writes output/classifier.pt."""
+    check_writable("output/classifier.pt")  # now, not after the work
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     images, labels = load_images("mnist"), load_labels("mnist")
@@ -113,7 +115,6 @@ def train() -> None:
             x = images / 255 + sigma * noise_like(images / 255, generator)
             right = classifier(x, torch.full((len(x),), sigma)).argmax(1) == labels
             print(f"sigma {sigma}: {100 * right.float().mean():.1f} % of the test digits are recognised")
-    Path("output").mkdir(exist_ok=True)
     weights = {name: w.half() if w.ndim > 1 else w for name, w in classifier.state_dict().items()}
     save_checkpoint("output/classifier.pt", LESSON, classifier=weights)
 

@@ -7,6 +7,7 @@ the variance that a recursion says, to the last digit; also after a corrector, w
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import lesson_07_score_sde.likelihood
 import lesson_07_score_sde.sampler
 from common.checkpoint import load_checkpoint
+from common.errors import LessonError
 from common.noise import SeededNoise
 from common.ode import runge_kutta_4
 from lesson_04_ncsnv2.sampler import ancestral_eta, consistent_annealed_sampling, smallest_eta
@@ -924,6 +926,15 @@ def test_the_classifier_of_noisy_digits():
     classifier.convs[0].register_forward_hook(lambda module, inputs, out: seen.append(inputs[0]))
     classifier(0.3**0.5 * torch.ones(1, 1, 28, 28), torch.tensor([0.7**0.5]))
     torch.testing.assert_close(seen[0], torch.full_like(seen[0], 0.3**0.5))  # 0.3 + sigma^2 is 1
+
+
+def test_the_classifier_says_before_its_training_that_it_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("output").write_text("in the way")
+    module = script("lesson_07_score_sde", "classifier")
+    monkeypatch.setattr(module, "NoisyDigitClassifier", None)
+    with pytest.raises(LessonError, match="cannot write output/"):
+        module.train()
 
 
 def test_noisy_digits_have_scales_that_are_even_in_their_logarithm():

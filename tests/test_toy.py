@@ -123,6 +123,13 @@ def test_first_network_trains_and_draws(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["toy_2d.py", "first_network.py"])
+def test_an_output_that_cannot_be_written_is_said_before_the_work(name, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    ran = run_script(name, "--steps", 10**9, "--output", tmp_path / "file" / "x.png")
+    assert ran.status == 1 and ran.stderr.startswith("error: cannot write ")
+
+
+@pytest.mark.parametrize("name", ["toy_2d.py", "first_network.py"])
 def test_a_number_of_steps_that_cannot_be_used(name, tmp_path):
     ran = run_script(name, "--steps", 0, "--output", tmp_path / "x")
     assert ran.status == 1 and ran.stderr == "error: --steps must be greater than zero, not 0\n"
