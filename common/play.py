@@ -150,6 +150,7 @@ def play(lesson: ModuleType, options: Namespace) -> None:
     def in_batches(images):
         return InBatches(network, precision, progress(images * calls, " calls"))
 
+    train = load_pictures(config, "train") / 255 if options.verb == "nearest" else None  # now, not after the work
     if options.verb in ("drawn", "nearest"):
         images, frames = sample_all(*how, (n, *shape), seed, options.sampler, calls, precision,
                                     keep=64 if options.gif or options.strip else 0)  # fmt: skip
@@ -165,7 +166,7 @@ def play(lesson: ModuleType, options: Namespace) -> None:
             print("a folder has no test pictures to compare with")
         else:
             groups["test image"] = test_pictures(n)
-        show_nearest(groups, load_pictures(config, "train") / 255, output)
+        show_nearest(groups, train, output)
     elif options.verb == "inpaint":
         known, y = read_mask(options.inpaint, *shape[1:]), test_pictures(n)
         each = repeat(y, "n c h w -> (n k) c h w", k=COMPLETIONS).to(device)
