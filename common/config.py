@@ -101,7 +101,7 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None) -> tupl
     if path:  # never beside a preset
         changes = _read(os.path.expanduser(path), config_class)
     values = {**changes, **named}
-    if values.get("images"):  # so that a resume and sample.py find it from anywhere
+    if values.get("images") and isinstance(values["images"], str):  # a resume and sample.py find it from anywhere then
         values["images"] = os.path.abspath(os.path.expanduser(values["images"]))
     return config_class(**values), set(values), resume, overwrite
 

@@ -145,7 +145,7 @@ def check_table(comment: list[str], rows: list[list[str]], root: Path) -> Iterat
 
 def check(page: Path, root: Path) -> tuple[int, int, list[str]]:
     """How many tables and numbers a page has, and what is wrong: a line each."""
-    count, wrong, found = 0, [], list(tables(page.read_text()))
+    count, wrong, found = 0, [], list(tables(page.read_text(encoding="utf-8")))
     for line, comment, rows in found:
         try:
             for below, fault in check_table(comment, rows, root):

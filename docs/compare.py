@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import ddpm
 import improved_ddpm
+import origin
 import score_sde
 from techniques import Table, real_features, train_lesson
 
@@ -218,6 +219,7 @@ def main() -> None:
     options = read_options(parser, EXPERIMENTS)
     if options.num is not None:
         check_range("--num", options.num, 4, 10_000)
+    origin.check_place(options.output / "compare.csv", options.smoke)
     for each in options.names:
         function, n, seeds = EXPERIMENTS[each]
         print(f"{each}: {function.__doc__}", flush=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from techniques import Table, fid
+import origin
+from techniques import Table, check_gray_digits, fid
 
 from common.checkpoint import load_lesson, load_network
 from common.cli import run
@@ -53,7 +54,8 @@ def load(name: str, path: str, smoke: bool = False) -> SimpleNamespace:
     in its place.
     """
     lesson = load_lesson(name)
-    network, config, _ = load_network(lesson, path, choose_device())
+    network, config, found = load_network(lesson, path, choose_device())
+    check_gray_digits(path, found)
     if smoke:
         config.width, config.T, config.beta_T = 8, 20, 0.5
         network = lesson.make_network(config, 1, {}).to(choose_device()).eval()
@@ -255,6 +257,8 @@ def measure(doc: str, lesson: str, csv: str, experiments: dict, load: Callable =
         check_choice("experiment", each, experiments)
     if options.num is not None:
         check_range("--num", options.num, 2, 10_000)
+    own = options.smoke or options.checkpoint != parser.get_default("checkpoint")
+    origin.check_place(Path(options.output) / csv, own)
     trained = load(lesson, options.checkpoint, options.smoke)
     for each in options.names or experiments:
         function, n = experiments[each]

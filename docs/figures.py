@@ -588,15 +588,18 @@ def log_ticks(axis, marks: tuple) -> None:
 
 
 def read_experiment(source: Path, experiment: str, y: str) -> tuple[dict[str, list[tuple[float, float]]], str]:
-    """The lines of docs/techniques.csv of an experiment and a measure: {setting: [(x, value), ...]}, and "n = ..."."""
+    """What the script of the CSV file measured in an experiment: {setting: [(x, value of y), ...]}, and "n = ...".
+
+    The first value at each x: those of other seeds, or of fewer images, come behind it in the file.
+    """
     lines = read_csv(source, TECHNIQUES_COLUMNS)
     lines = [line for line in lines if (line["experiment"], line["y"]) == (experiment, y)]
     if not lines:
-        raise LessonError(f"{source} has no {y} of {experiment}: run python docs/techniques.py {experiment}")
+        raise LessonError(f"{source} has no {y} of {experiment}: run python docs/{source.stem}.py {experiment}")
     points = {}
     for line in lines:
-        points.setdefault(line["setting"], []).append((float(line["x"]), float(line["value"])))
-    return {setting: sorted(line) for setting, line in points.items()}, f"n = {lines[0]['n']}"
+        points.setdefault(line["setting"], {}).setdefault(float(line["x"]), float(line["value"]))
+    return {setting: sorted(line.items()) for setting, line in points.items()}, f"n = {lines[0]['n']}"
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import origin
 from compare import SAMPLERS, bits, read_options, score
 from techniques import Table
 
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "gpu.csv", help="(default: docs/gpu.csv)")
     options = read_options(parser, EXPERIMENTS)
     check_range("--minutes", options.minutes)
+    origin.check_place(options.csv, options.smoke)
     for each in options.names:
         function, n = EXPERIMENTS[each]
         print(f"{each}: {function.__doc__}", flush=True)

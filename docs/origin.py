@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import re
 import shlex
 import sys
 from datetime import date
@@ -22,9 +21,19 @@ def origin(*name: str) -> tuple[str, str, str]:
 def command(*name: str) -> str:
     """What measures `name` again: this script and its flags, without other names, and without where to write."""
     words = sys.argv[1:]
-    flags = words[[*(word.startswith("-") for word in words), True].index(True) :]
-    line = shlex.join(["python", f"docs/{Path(sys.argv[0]).name}", *name, *flags])
-    return re.sub(r" --(again|(csv|output)[ =]\S+)", "", line)
+    words, flags = iter(words[[*(word.startswith("-") for word in words), True].index(True) :]), []
+    for word in words:
+        if word in ("--csv", "--output"):
+            next(words, None)  # and what follows
+        elif word != "--again" and not word.startswith(("--csv=", "--output=")):
+            flags.append(word)
+    return shlex.join(["python", f"docs/{Path(sys.argv[0]).name}", *name, *flags])
+
+
+def check_place(path: Path, own: bool) -> None:
+    """LessonError if what a self-test or a person's `own` network measures would go among the published numbers."""
+    if own and path.resolve().parent == Path(__file__).resolve().parent:
+        raise LessonError(f"{path} has what the lessons' own networks measured: add another --output, or --csv")
 
 
 def read(path: Path, columns: tuple[str, ...]) -> list[list[str]]:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from common.cli import run
 from common.config import check_choice, check_range
 from common.data import load_images
-from common.files import atomic_write
+from common.files import atomic_write, check_writable
 
 
 class Budget:
@@ -102,6 +102,7 @@ def main() -> None:
     check_choice("code", options.name, CODES)
     check_range("--minutes", options.minutes)
     check_range("--num", options.num, 4, 10_000)
+    check_writable(options.output)  # now, not after the work
     torch.manual_seed(0)
     budget = Budget(options.minutes)
     samples = CODES[options.name](budget, options.num)

@@ -13,9 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import origin
+from techniques import check_gray_digits
 
 from common.checkpoint import load_lesson, load_network
 from common.cli import run
+from common.config import check_range
 from common.digit_metrics import digit_report
 from common.files import atomic_write
 from common.machine import choose_device, sampling_precision
@@ -32,8 +34,11 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=500, help="images for each measurement (default: 500)")
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "sampling_calls.csv")
     options = parser.parse_args()
+    check_range("--num", options.num, 4, 10_000)
+    origin.check_place(options.csv, options.checkpoint != parser.get_default("checkpoint"))
     lesson, device = load_lesson("lesson_04_ncsnv2"), choose_device()
     network, config, checkpoint = load_network(lesson, options.checkpoint, device)
+    check_gray_digits(options.checkpoint, checkpoint)
     precision = sampling_precision("auto", config.precision, device)
     shape = (options.num, *checkpoint["image_shape"])
     lines = origin.read(options.csv, COLUMNS)

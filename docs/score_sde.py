@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ddpm import measure
-from techniques import Table, fid, noise_in, real_features
+from techniques import Table, check_gray_digits, fid, noise_in, real_features
 
 from common.checkpoint import load_lesson, load_network, load_weights
 from common.cli import run
@@ -49,7 +49,8 @@ def load(name: str, path: str, smoke: bool = False) -> SimpleNamespace:
     `smoke` puts a tiny network, which has learned nothing, in its place.
     """
     lesson = load_lesson(name)
-    network, config, _ = load_network(lesson, path, choose_device())
+    network, config, found = load_network(lesson, path, choose_device())
+    check_gray_digits(path, found)
     if smoke:
         config.width, config.N = 4, 4
         network = lesson.make_network(config, 1, {"sigma_max": network.sigma_max}).to(choose_device()).eval()
@@ -167,6 +168,9 @@ def takeover(table: Table, seven: SimpleNamespace) -> None:
 
 def loss(table: Table, seven: SimpleNamespace) -> None:
     """Is the loss at each noise scale lower than lesson 4's, on the same test digits with the same noise?"""
+    names, sigmas = ("conditioned", "not conditioned", "lesson 4"), (5.0, 2.5, 1.0, 0.4, 0.1, 0.03, 0.01)
+    if not any(table.missing(name, sigmas) for name in names):
+        return
     untold = other(seven, "untold")
     networks = {"conditioned": seven.network, "not conditioned": untold.network}
     if not seven.smoke:
@@ -179,7 +183,7 @@ def loss(table: Table, seven: SimpleNamespace) -> None:
     x, _ = table.digits()
     z = table.noise().like(x)
     for name, network in networks.items():
-        for sigma in table.missing(name, (5.0, 2.5, 1.0, 0.4, 0.1, 0.03, 0.01)):
+        for sigma in table.missing(name, sigmas):
             with torch.no_grad():
                 each = denoising_score_matching_loss(network, x, torch.full((len(x),), sigma, device=x.device), z)
             table.add(name, sigma, loss=each.mean())
@@ -190,10 +194,11 @@ def conditioning(table: Table, seven: SimpleNamespace) -> None:
 
     x: how much noise there is at sigma_max, over what is right.
     """
-    for name, trained in (("conditioned", seven), ("not conditioned", other(seven, "untold"))):
+    for name in ("conditioned", "not conditioned"):
         for sampler in ("euler", "heun", "consistent", "predictor_corrector"):
             setting = f"{name}, {sampler.replace('_', ' ')}"
             for excess in table.missing(setting, (1.0, 1.05)):
+                trained = seven if name == "conditioned" else other(seven, "untold")
                 way = 0.5 if sampler == "consistent" else None
                 before, after = sample(trained, table, sampler, few(seven, 97), excess, way)
                 table.add(setting, excess, fid=fid(after), noise=noise_in(before))

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import math
+import signal
 import sys
 import tempfile
 from argparse import ArgumentParser
@@ -31,12 +32,13 @@ import origin
 
 import lesson_03_ncsn.sampler as sampler_3
 from common.checkpoint import load_lesson, load_network
-from common.cli import run
+from common.cli import ENDS, run
 from common.config import check_choice, check_range
 from common.data import load_images, load_labels
 from common.digit_classifier import load_classifier
 from common.digit_metrics import digit_features, frechet_distance
-from common.files import atomic_write
+from common.errors import LessonError
+from common.files import atomic_write, check_writable
 from common.images import save_gif, some_frames
 from common.machine import InBatches, autocast, choose_device, sampling_precision
 from common.noise import SeededNoise
@@ -58,6 +60,13 @@ from lesson_04_ncsnv2.unconditional import noise_after_langevin, step_size_for_a
 COLUMNS = (*figures.TECHNIQUES_COLUMNS, *origin.COLUMNS)
 
 
+def check_gray_digits(path: str | Path, checkpoint: dict) -> None:
+    """LessonError if a checkpoint is not of the gray digits that all measurements are made with."""
+    config = checkpoint["config"]
+    if config["images"] or config["dataset"] != "mnist":
+        raise LessonError(f"{path} was trained on {config['images'] or config['dataset']}: name one of mnist's digits")
+
+
 class Trained(NamedTuple):
     """A lesson's trained network, to be called with any number of images, its configuration, and its sample.py."""
 
@@ -69,7 +78,8 @@ class Trained(NamedTuple):
 def load(name: str, path: str, smoke: bool) -> Trained:
     """Reads a lesson's checkpoint. `smoke` puts a tiny network, which has learned nothing, in its place."""
     lesson = load_lesson(name)
-    network, config, _ = load_network(lesson, path, choose_device())
+    network, config, found = load_network(lesson, path, choose_device())
+    check_gray_digits(path, found)
     if smoke:
         config.width, some = 4, evenly(len(network.sigmas), 6)
         network = lesson.make_network(config, 1, {"sigmas": network.sigmas[some]}).to(choose_device())
@@ -88,10 +98,10 @@ class Table:
         self.path, self.experiment, self.n, self.seed, self.smoke = path, experiment, n, seed, smoke
         lines = origin.read(path, COLUMNS)
         mine = [line for line in lines if (line[0], *line[5:7]) == (experiment, str(n), str(seed))]
+        check_writable(path)  # now, not after the work
         if again or not path.is_file():
             lines, mine = [line for line in lines if line not in mine], []
-            with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(lines)
+            self._write(lines)
         self.there = {(line[1], line[2]) for line in mine}
 
     def missing(self, setting: str, xs) -> list:
@@ -101,12 +111,17 @@ class Table:
 
     def add(self, setting: str, x: float, **values: float) -> None:
         """Writes what was measured at x, a line for each value, unless it is there; prints it."""
-        with self.path.open("a", newline="") as file:
-            for name, value in values.items() if self.missing(setting, [x]) else ():
-                line = self.experiment, setting, f"{x:.6g}", name, f"{value:.6g}", self.n, self.seed
-                csv.writer(file, lineterminator="\n").writerow([*line, *origin.origin(self.experiment)])
+        lines = origin.read(self.path, COLUMNS)  # anew: another process may have added some
+        for name, value in values.items() if self.missing(setting, [x]) else ():
+            line = self.experiment, setting, f"{x:.6g}", name, f"{value:.6g}", self.n, self.seed
+            lines.append([*line, *origin.origin(self.experiment)])
+        self._write(lines)
         self.there.add((setting, f"{x:.6g}"))
         print(f"  {setting}: {x:.4g}: " + ", ".join(f"{name} {v:.4g}" for name, v in values.items()), flush=True)
+
+    def _write(self, lines):
+        with atomic_write(self.path) as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
 
     def digits(self) -> tuple[Tensor, Tensor]:
         """n test digits (n, 1, 28, 28) in [0, 1] that the seed chooses, and their labels (n,)."""
@@ -220,6 +235,7 @@ def technique_1(three: Trained, four: Trained, table: Table) -> None:
 def train_lesson(name: str, make_network: Callable | None = None, **how) -> tuple[ModuleType, Run]:
     """A lesson's sample.py, and its run with another `make_network` or configuration; it writes and says nothing."""
     lesson, train_mnist = load_lesson(name), importlib.import_module("train_mnist")
+    handlers = {number: signal.getsignal(number) for number in ENDS}  # which a training replaces
     if make_network:
         lesson.make_network = train_mnist.make_network = make_network
     with tempfile.TemporaryDirectory() as folder:
@@ -228,6 +244,8 @@ def train_lesson(name: str, make_network: Callable | None = None, **how) -> tupl
             none = 2 * [torch.zeros(1, *training.image_shape)]  # the last pictures, which take minutes
             training.leads, training.last_pictures = False, lambda frames: none
             train_mnist.train(training.config, training)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return lesson, training
 
 
@@ -513,6 +531,8 @@ def main() -> None:
         check_choice("experiment", name, names)
     if options.num is not None:
         check_range("--num", options.num, 4, 10_000)
+    own = any(getattr(options, name) != parser.get_default(name) for name in ("smoke", "lesson_3", "lesson_4"))
+    origin.check_place(options.output / "techniques.csv", own)
     three = load("lesson_03_ncsn", options.lesson_3, options.smoke)
     four = load("lesson_04_ncsnv2", options.lesson_4, options.smoke)
     for name in options.names or names:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -184,6 +185,18 @@ def test_the_numbers_of_an_earlier_run_and_flags_that_beat_them(tmp_path):
     config, named, resume, _ = parse_config(Config, PRESETS, ["--config", str(path), "--steps", "9"])
     assert config == dataclasses.replace(earlier, steps=9, output="output")  # not into the earlier folder
     assert "skip" in named and not resume
+
+
+@pytest.mark.parametrize("images", ["~/mine", 5])
+def test_a_folder_named_in_an_edited_config(tmp_path, images):
+    """It is found from anywhere, as that of a flag; what is no text gets its line from `check`."""
+    (tmp_path / "c").write_text(json.dumps({"images": images}))
+    config, *_ = parse_config(Config, PRESETS, ["--config", str(tmp_path / "c")])
+    if images == 5:
+        with pytest.raises(LessonError, match="--images"):
+            config.check()
+    else:
+        assert config.images == str(Path.home() / "mine")
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "{", "3", None])

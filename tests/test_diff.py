@@ -246,10 +246,9 @@ def test_the_public_interface_of_lesson_7(lesson):
     assert defaults(likelihood) == {"steps": 24, "generator": None}
 
 
-@pytest.mark.parametrize("file", PURE)
+@pytest.mark.parametrize("file", [file for file in PURE if file != "loss.py"])
 def test_lesson_4_says_what_changed(file):
-    if file != "loss.py":
-        assert "Changes from lesson 3" in ast.get_docstring(ast.parse(text(NEW, file)))
+    assert "Changes from lesson 3" in ast.get_docstring(ast.parse(text(NEW, file)))
 
 
 @pytest.mark.parametrize("file", ["noise_network.py", "loss.py", "sampler.py", "train_mnist.py"])

@@ -7,6 +7,7 @@ import io
 import math
 import re
 import runpy
+import shutil
 import signal
 import sys
 import types
@@ -24,6 +25,7 @@ import figures_ddpm
 import figures_sde
 import gpu
 import measure
+import origin
 import others
 import techniques
 
@@ -203,7 +205,7 @@ def test_techniques_that_cannot_run(tmp_path):
     ):
         ran = run_script("techniques.py", "--smoke", "--output", tmp_path, *flags)
         assert ran.status == 1 and ran.stderr.startswith("error: ") and text in ran.stderr
-    with pytest.raises(LessonError, match="run python docs/techniques.py eta"):
+    with pytest.raises(LessonError, match="run python docs/t.py eta"):
         (tmp_path / "t.csv").write_text(
             ",".join(figures.TECHNIQUES_COLUMNS) + "\ntechnique_1,lesson 3,1,kept,0.9,8,1\n"
         )
@@ -226,6 +228,80 @@ def test_the_measurements_of_lessons_5_to_9_run_and_go_on(name, number, tmp_path
         assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     again = run_script(f"{name}.py", "--smoke", "--output", tmp_path)
     assert again.status == 0 and file.read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("techniques.py", "technique_1", "--smoke"),
+        ("techniques.py", "technique_1", "--lesson-4", "mine.pt"),
+        ("ddpm.py", "loss", "--smoke"),
+        ("score_sde.py", "bits", "--checkpoint", "mine.pt"),
+        ("compare.py", "calls", "--smoke"),
+        ("gpu.py", "speed", "--smoke"),
+        ("sampling_calls.py", "--checkpoint", "mine.pt"),
+    ],
+    ids=" ".join,
+)
+def test_published_numbers_are_of_the_lessons_own_networks(command):
+    ran = run_script(*command)
+    assert ran.status == 1 and "has what the lessons' own networks measured: add another --output" in ran.stderr
+
+
+def test_what_is_measured_needs_no_other_runs(tmp_path):
+    """Of lesson 7 two experiments compare with a run that is not in the repository."""
+    shutil.copy(ROOT / "docs" / "score_sde.csv", tmp_path)
+    before = (tmp_path / "score_sde.csv").read_bytes()
+    assert run_script("score_sde.py", "loss", "conditioning", "encoding", "--output", tmp_path).status == 0
+    assert (tmp_path / "score_sde.csv").read_bytes() == before
+
+
+def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    table = techniques.Table(tmp_path / "t.csv", "e", 8, 1, False, False)
+    table.add("setting", 1, fid=2.0)
+    before = (tmp_path / "t.csv").read_text()
+
+    class HalfAWriter:
+        def __init__(self, file, **how):
+            self.file = file
+
+        def writerows(self, lines):
+            self.file.write("half a li")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(techniques.csv, "writer", HalfAWriter)
+    with pytest.raises(LessonError, match="cannot write .*t.csv"):
+        table.add("setting", 2, fid=3.0)
+    assert (tmp_path / "t.csv").read_text() == before
+    monkeypatch.undo()
+    techniques.Table(tmp_path / "t.csv", "other", 8, 1, False, False).add("setting", 1, fid=4.0)
+    table.add("setting", 2, fid=3.0)  # and what another process has written since stays
+    assert [line.split(",")[:5] for line in (tmp_path / "t.csv").read_text().splitlines()[1:]] == [
+        ["e", "setting", "1", "fid", "2"], ["other", "setting", "1", "fid", "4"], ["e", "setting", "2", "fid", "3"],
+    ]  # fmt: skip
+
+
+def test_figures_show_the_first_seed_and_number_of_images(tmp_path):
+    rows = [("a", 1, 0.5, 1000, 1), ("a", 2, 0.6, 1000, 1), ("a", 1, 0.9, 8, 1), ("a", 2, 0.8, 1000, 2)]
+    lines = [",".join(figures.TECHNIQUES_COLUMNS)]
+    lines += [f"calls,{setting},{x},fid,{value},{n},{seed}" for setting, x, value, n, seed in rows]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    points, n = figures.read_experiment(tmp_path / "t.csv", "calls", "fid")
+    assert points == {"a": [(1.0, 0.5), (2.0, 0.6)]} and n == "n = 1000"
+
+
+def test_the_command_of_a_measurement_leaves_out_where_it_wrote(monkeypatch):
+    words = "docs/ddpm.py calls bits --num 8 --output WHERE --again --csv=c.csv --seed 2".split()
+    words[words.index("WHERE")] = "a b"
+    monkeypatch.setattr(sys, "argv", words)
+    assert origin.command("bits") == "python docs/ddpm.py bits --num 8 --seed 2"
+
+
+def test_measurements_are_of_gray_digits():
+    for config in ({"images": "", "dataset": "color_mnist"}, {"images": "/photographs", "dataset": "mnist"}):
+        with pytest.raises(LessonError, match="x.pt was trained on (color_mnist|/photographs): name one of mnist"):
+            techniques.check_gray_digits("x.pt", {"config": config})
+    techniques.check_gray_digits("x.pt", {"config": {"images": "", "dataset": "mnist"}})
 
 
 def test_each_comparison_takes_its_weights_and_its_calls(tmp_path, monkeypatch):
