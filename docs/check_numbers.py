@@ -9,6 +9,7 @@ of the number's row, {column} the header of its column. Each further line of the
 
     mean docs/ddpm.csv bits/{row}/1000/deviation * 0.2     one more source: a mean, over seeds perhaps, times 0.2
     docs/runs.csv lesson run/*/*/minutes for two cores     a source for the row or the column `two cores` only
+    docs/runs.csv classifier/*/*/minutes for row, column   and one for the number in this row and column only
     large := large variance, clip                          what the row or the column `large` is called in addresses
     levels := formula                                      no number of this row or column is measured
 
@@ -83,7 +84,7 @@ def is_rounded(text: str, value: float) -> bool:
 def look_up(source: re.Match, root: Path, labels: tuple[str, str], names: dict[str, str]) -> list:
     """What a source has for a number in a row and a column that are called `labels`; as `measurements`."""
     average, file, address, factor, only = source.groups()
-    if only and only not in labels:
+    if only and only not in (*labels, ", ".join(labels)):
         return []
     for key, label in zip(("{row}", "{column}"), labels):
         address = address.replace(key, glob.escape(names.get(label, label)))
@@ -111,6 +112,7 @@ def read(comment: list[str], rows: list[list[str]], root: Path) -> tuple[list[re
     names = dict(line.split(" := ", 1) for line in comment if " := " in line)
     lines = [line for line in comment if " := " not in line]
     labels = {row[0] for row in rows} | {*rows[0]}
+    pairs = {f"{row[0]}, {column}" for row in rows for column in rows[0]}
     reason, *files = lines[0].split(", ") if lines else ("",)
     if reason in REASONS:
         missing = [file for file in files if not (root / file).is_file()]
@@ -120,7 +122,7 @@ def read(comment: list[str], rows: list[list[str]], root: Path) -> tuple[list[re
     sources = [SOURCE.fullmatch(line) for line in lines]
     if None in sources:
         raise Wrong(f"`{lines[sources.index(None)]}` is no source, no reason and no `label := name`")
-    for label in {*names, *(source[5] for source in sources if source[5])} - labels:
+    for label in {*names} - labels | {source[5] for source in sources if source[5]} - labels - pairs:
         raise Wrong(f"no row and no column is called {label}")
     return sources, names
 

@@ -25,7 +25,6 @@ import figures_ddpm
 import figures_sde
 import gpu
 import measure
-import origin
 import others
 import techniques
 
@@ -288,13 +287,6 @@ def test_figures_show_the_first_seed_and_number_of_images(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join(lines))
     points, n = figures.read_experiment(tmp_path / "t.csv", "calls", "fid")
     assert points == {"a": [(1.0, 0.5), (2.0, 0.6)]} and n == "n = 1000"
-
-
-def test_the_command_of_a_measurement_leaves_out_where_it_wrote(monkeypatch):
-    words = "docs/ddpm.py calls bits --num 8 --output WHERE --again --csv=c.csv --seed 2".split()
-    words[words.index("WHERE")] = "a b"
-    monkeypatch.setattr(sys, "argv", words)
-    assert origin.command("bits") == "python docs/ddpm.py bits --num 8 --seed 2"
 
 
 def test_measurements_are_of_gray_digits():

@@ -73,6 +73,7 @@ def test_a_page_that_is_right(tmp_path):
         ("docs/a.csv calls", "calls", 2, "is no source, no reason and no `label := name`"),
         (" -->", "\nPNDM := DDIM -->", 3, "no row and no column is called PNDM"),
         (" -->", " for PNDM -->", 2, "no row and no column is called PNDM"),
+        (" -->", " for DDIM, PNDM -->", 2, "no row and no column is called DDIM, PNDM"),
         (SOURCE, "<!-- numbers: formula, tests/nothing.py -->\n", 2, "there is no file tests/nothing.py"),
     ],
 )
@@ -116,6 +117,8 @@ def test_a_measurement_without_an_origin(tmp_path):
         ("7.6", "docs/a.csv calls/{row}/100/fid\na := DDIM", True),
         ("7.6", "docs/a.csv calls/DDIM/100/fid for a", True),
         ("7.6", "docs/a.csv calls/DDIM/100/fid for b", False),
+        ("7.6", "docs/a.csv calls/DDIM/100/fid for a, value", True),
+        ("7.6", "docs/a.csv calls/DDIM/100/fid for b, value", False),
         ("5", "words", True),
     ],
 )
@@ -135,7 +138,8 @@ def test_the_program_prints_and_fails(tmp_path, monkeypatch, capsys):
 
 
 def test_where_a_measurement_comes_from(tmp_path, monkeypatch):
-    words = ["/home/me/docs/ddpm.py", "bits", "calls", "--num", "100", "--again", "--output", "/tmp/x", "--seed", "2"]
+    words = ["/home/me/docs/ddpm.py", "bits", "calls", "--num", "100", "--again", "--output", "/tmp/a b", "--seed", "2"]
+    words += ["--csv=c.csv"]
     monkeypatch.setattr(sys, "argv", words)
     command, machine, date = origin.origin("calls")
     assert command == "python docs/ddpm.py calls --num 100 --seed 2"
