@@ -264,7 +264,9 @@ def measure(doc: str, lesson: str, csv: str, experiments: dict, load: Callable =
         function, n = experiments[each]
         print(f"{each}: {function.__doc__}", flush=True)
         n = options.num or (8 if options.smoke else n)
-        function(Table(Path(options.output) / csv, each, n, options.seed, options.again, options.smoke), trained)
+        table = Table(Path(options.output) / csv, each, n, options.seed, options.again, options.smoke)
+        table.tell_what_is_there()
+        function(table, trained)
 
 
 if __name__ == "__main__":

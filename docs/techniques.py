@@ -119,6 +119,11 @@ class Table:
         self.there.add((setting, f"{x:.6g}"))
         print(f"  {setting}: {x:.4g}: " + ", ".join(f"{name} {v:.4g}" for name, v in values.items()), flush=True)
 
+    def tell_what_is_there(self) -> None:
+        """Prints what is left out, and how to measure it anew."""
+        if self.there:
+            print(f"  {len(self.there)} measurements are in {self.path} already; --again makes them anew", flush=True)
+
     def _write(self, lines):
         with atomic_write(self.path) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
@@ -539,6 +544,7 @@ def main() -> None:
         print(f"{name}: {inspect.getdoc(names[name])}\n")
         n = options.num or (8 if options.smoke else EXPERIMENTS[names[name]])
         table = Table(options.output / "techniques.csv", name, n, options.seed, options.again, options.smoke)
+        table.tell_what_is_there()
         names[name](three, four, table)
 
 

@@ -251,7 +251,8 @@ def test_what_is_measured_needs_no_other_runs(tmp_path):
     """Of lesson 7 two experiments compare with a run that is not in the repository."""
     shutil.copy(ROOT / "docs" / "score_sde.csv", tmp_path)
     before = (tmp_path / "score_sde.csv").read_bytes()
-    assert run_script("score_sde.py", "loss", "conditioning", "encoding", "--output", tmp_path).status == 0
+    ran = run_script("score_sde.py", "loss", "conditioning", "encoding", "--output", tmp_path)
+    assert ran.status == 0 and ran.stdout.count("measurements are in") == 3 and "; --again makes them" in ran.stdout
     assert (tmp_path / "score_sde.csv").read_bytes() == before
 
 
