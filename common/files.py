@@ -28,7 +28,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise LessonError(f"cannot write {path}: {error}") from error
+        raise LessonError(f"cannot write {path}: {str(error).replace(str(temporary), str(path))}") from error
     except RuntimeError as error:
         if not TORCH_WRITER.search(str(error)):
             raise
@@ -72,6 +72,9 @@ def check_writable(path: str | Path) -> None:
     if Path(path).is_dir():
         raise LessonError(f"cannot write {path}: it is a folder; name a file")
     trial = Path(path).with_name(f".{Path(path).name}.trial")
-    with atomic_write(trial):
-        pass
+    try:
+        with atomic_write(trial):
+            pass
+    except LessonError as error:
+        raise LessonError(str(error).replace(str(trial), str(path))) from error
     trial.unlink()

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from common.errors import LessonError
-from common.files import atomic_write
+from common.files import atomic_write, check_writable
 
 
 @contextlib.contextmanager
@@ -86,3 +86,16 @@ def test_a_place_that_cannot_be_written(tmp_path):
     with pytest.raises(LessonError, match="cannot write"), atomic_write(tmp_path / "folder"):
         pass
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_what_cannot_be_written_is_called_by_its_name(tmp_path):
+    """Not by the name of the file that tries it, or that is renamed at the end."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(LessonError) as found:
+        check_writable(tmp_path / "file" / "x.pt")
+    assert str(found.value) == f"cannot write {tmp_path}/file/x.pt: [Errno 17] File exists: '{tmp_path}/file'"
+    with pytest.raises(LessonError) as found, atomic_write(tmp_path / "folder" / "x.pt") as temporary:
+        raise OSError(28, "No space left on device", str(temporary))
+    path = tmp_path / "folder" / "x.pt"
+    assert str(found.value) == f"cannot write {path}: [Errno 28] No space left on device: '{path}'"
