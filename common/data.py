@@ -190,7 +190,9 @@ def _torchvision_images(name, split):
 
 
 def _eight_bits(picture):
-    """A picture of 16 bits a pixel, scaled to 8: convert() would clip it. Others as they are."""
+    """A picture of 16 bits a pixel, scaled to 8: convert() would clip it. Others as they are; ValueError for floats."""
+    if picture.mode == "F":
+        raise ValueError("its pixels are floats, of an unknown range: save it with 8 or 16 bits")
     if not picture.mode.startswith("I"):
         return picture
     return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))

@@ -38,7 +38,7 @@ def check_finite(images: Tensor) -> None:
 
 def evenly(L: int, n: int) -> Tensor:
     """Indices (n,) long of n of the levels 0, ..., L - 1, evenly chosen, both ends included; all if n is larger."""
-    return torch.linspace(0, L - 1, min(n, L)).round().long()
+    return torch.linspace(0, L - 1, min(n, L), dtype=torch.float64).round().long()
 
 
 def save_strip(frames: Sequence[Tensor], path: str | Path) -> None:

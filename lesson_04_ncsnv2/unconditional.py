@@ -41,7 +41,7 @@ def noise_after_langevin(sigmas: Tensor, T: int, epsilon: Tensor, conditional: b
 
 
 def noise_after_consistent(sigmas: Tensor, eta: float, a: float = 1.0, conditional: bool = False) -> float:
-    """The noise that consistent annealed sampling leaves, over sigma_L, if it starts with a times the right noise.
+    """The noise with which consistent annealed sampling comes to sigma_L, over sigma_L, from a times the right noise.
 
     Its fresh noise makes a = 1 stay 1. A small excess a - 1 is multiplied at each level by gamma^2 (1 - eta), or by
     gamma^2 (1 - eta)^2 if the network is conditioned: it dies out for eta > 1 - 1 / gamma^2, which is DDPM's ancestral

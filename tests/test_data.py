@@ -271,6 +271,16 @@ def test_16_and_32_bits_are_turned_upright_and_scaled(tmp_path):
     assert torch.equal(load_mask(tmp_path / "mask.png", (4, 4)), torch.tensor([[True, True, False, False]] * 4))
 
 
+def test_pictures_of_floats_are_left_out(tmp_path, capsys):
+    """Nobody knows what is white in them."""
+    Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(tmp_path / "a.tif")
+    with pytest.raises(LessonError, match="has no readable picture, 1 files left out"):
+        load_folder(tmp_path, 2, 1)
+    assert "a.tif: its pixels are floats" in capsys.readouterr().err
+    with pytest.raises(LessonError, match="cannot read the mask .*: its pixels are floats"):
+        load_mask(tmp_path / "a.tif", (4, 4))
+
+
 def test_load_folder_names_what_it_leaves_out(folder, capsys, monkeypatch):
     whole = (folder / "wide.png").read_bytes()
     (folder / "short.png").write_bytes(whole[: len(whole) // 2])

@@ -7,7 +7,7 @@ from PIL import Image, ImageSequence
 
 from common.data import load_images
 from common.errors import LessonError
-from common.images import PADDING, PADDING_GRAY, save_gif, save_grid, save_loss_plot, save_strip, save_table
+from common.images import PADDING, PADDING_GRAY, evenly, save_gif, save_grid, save_loss_plot, save_strip, save_table
 
 
 def read(path):
@@ -198,3 +198,10 @@ def test_a_place_that_cannot_be_written_is_a_lesson_error(tmp_path):
         with pytest.raises(LessonError, match="cannot write") as error:
             write(flat(0.0), path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("L, n", [(7, 50), (10, 10), (96, 25), (1000, 999), (100_000, 99_999)])
+def test_levels_are_chosen_evenly_and_never_twice(L, n):
+    chosen = evenly(L, n)
+    assert len(chosen) == min(L, n) and (chosen[0], chosen[-1]) == (0, L - 1)
+    assert 0 < chosen.diff().min() and chosen.diff().max() - chosen.diff().min() <= 1
