@@ -67,14 +67,13 @@ class Claim:
             self.path.unlink()
 
 
+class _Enough(Exception):  # noqa: N818
+    pass
+
+
 def check_writable(path: str | Path) -> None:
     """Raises LessonError if a file at `path` could not be written; makes missing folders, and changes nothing else."""
     if Path(path).is_dir():
         raise LessonError(f"cannot write {path}: it is a folder; name a file")
-    trial = Path(path).with_name(f".{Path(path).name}.trial")
-    try:
-        with atomic_write(trial):
-            pass
-    except LessonError as error:
-        raise LessonError(str(error).replace(str(trial), str(path))) from error
-    trial.unlink()
+    with suppress(_Enough), atomic_write(path):
+        raise _Enough  # so that nothing takes the place of what is there

@@ -179,9 +179,8 @@ def play(lesson: ModuleType, options: Namespace) -> None:
     elif options.verb == "interpolate":
         first = [seed + 2 * (k // STEPS) for k in range(n * STEPS)]
         noise = SeededNoise(first, [s + 1 for s in first], torch.linspace(0, 1, STEPS).repeat(n))
-        batched = in_batches(n * STEPS)
-        *_, images = lesson.draw(batched, config, (n * STEPS, *shape), noise, options.sampler, calls)
-        del batched  # and with it the bar, which ends its line
+        many = n * STEPS
+        *_, images = lesson.draw(in_batches(many), config, (many, *shape), noise, options.sampler, calls)
         check_finite(images)
         save_grid(images, output, columns=STEPS)
     elif options.verb == "denoise":

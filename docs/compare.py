@@ -27,13 +27,12 @@ import ddpm
 import improved_ddpm
 import origin
 import score_sde
-from techniques import Table, real_features, train_lesson
+from techniques import Table, judged, train_lesson
 
 from common.checkpoint import load_lesson, load_network
 from common.cli import run
 from common.config import check_choice, check_range
 from common.data import load_images
-from common.digit_metrics import digit_features, frechet_distance, precision_recall
 from common.errors import LessonError
 from common.machine import choose_device, sampling_precision
 from common.play import sample_all
@@ -64,9 +63,7 @@ def score(table: Table, setting: str, K: int, lesson: ModuleType, network, confi
     """Adds digit FID, precision and recall of n samples, of the image seeds 1, 2, ..."""
     number_format = sampling_precision("auto", config.precision, choose_device())
     images, _ = sample_all(lesson, network, config, (table.n, *shape), 1, sampler, K, number_format)
-    found = digit_features(images.clamp(0, 1))
-    precision, recall = precision_recall(real_features(), found)
-    table.add(setting, K, fid=frechet_distance(found, real_features()), precision=precision, recall=recall)
+    table.add(setting, K, **judged(images))
 
 
 def calls(name: str, table: Table) -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import origin
-from techniques import Table, check_gray_digits, fid
+from techniques import Table, fid
 
 from common.checkpoint import load_lesson, load_network
 from common.cli import run
@@ -55,7 +55,7 @@ def load(name: str, path: str, smoke: bool = False) -> SimpleNamespace:
     """
     lesson = load_lesson(name)
     network, config, found = load_network(lesson, path, choose_device())
-    check_gray_digits(path, found)
+    origin.check_gray_digits(path, found)
     if smoke:
         config.width, config.T, config.beta_T = 8, 20, 0.5
         network = lesson.make_network(config, 1, {}).to(choose_device()).eval()

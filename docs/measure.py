@@ -4,7 +4,6 @@ Adds a line to docs/measure.csv after each measurement, leaves out those that ar
 All damages and three seeds take two minutes on one core. `python docs/figures.py measure` makes a picture of some.
 """
 
-import csv
 import functools
 import math
 import sys
@@ -25,7 +24,6 @@ from common.cli import run
 from common.config import check_choice, check_range
 from common.data import load_images, load_labels
 from common.digit_metrics import digit_features, frechet_distance, precision_recall
-from common.files import atomic_write
 
 GAP = 5  # pixels: a little more than the width of a stroke
 COLUMNS = ("damage", "strength", "n", "seed", "fid", "precision", "recall", *origin.COLUMNS)
@@ -146,8 +144,7 @@ def main() -> None:
             features = digit_features(damaged(damage, strength, options.num, seed))
             numbers = (frechet_distance(features, test_features), *precision_recall(test_features, features))
             lines.append([*key, *(f"{number:.3f}" for number in numbers), *origin.origin(damage)])
-            with atomic_write(options.csv) as temporary, open(temporary, "w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(lines)
+            origin.write(options.csv, lines)
     print(write_table(lines, options.num))
 
 

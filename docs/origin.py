@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 
 from common.errors import LessonError
+from common.files import atomic_write
 from common.machine import choose_device, describe
 
 COLUMNS = ("command", "machine", "date")
@@ -36,6 +37,13 @@ def check_place(path: Path, own: bool) -> None:
         raise LessonError(f"{path} has what the lessons' own networks measured: add another --output, or --csv")
 
 
+def check_gray_digits(path: str | Path, checkpoint: dict) -> None:
+    """LessonError if a checkpoint is not of the gray digits that all measurements are made with."""
+    config = checkpoint["config"]
+    if config["images"] or config["dataset"] != "mnist":
+        raise LessonError(f"{path} was trained on {config['images'] or config['dataset']}: name one of mnist's digits")
+
+
 def read(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
     """The lines of a CSV file, the names of its columns first; nothing but those if there is no such file.
 
@@ -45,6 +53,12 @@ def read(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
     if lines[:1] != [list(columns)]:
         raise LessonError(f"{path} needs the columns {', '.join(columns)}, in this order")
     return lines
+
+
+def write(path: Path, lines: list[list]) -> None:
+    """Writes what `read` returned, and more, to a CSV file: all of it, or nothing."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
 
 
 @functools.cache

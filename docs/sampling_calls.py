@@ -4,7 +4,6 @@ Draws with pretrained.pt, adds a line to docs/sampling_calls.csv after each meas
 there already. `python docs/figures.py sampling_calls` makes a picture of them.
 """
 
-import csv
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -13,13 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import origin
-from techniques import check_gray_digits
 
 from common.checkpoint import load_lesson, load_network
 from common.cli import run
 from common.config import check_range
 from common.digit_metrics import digit_report
-from common.files import atomic_write
 from common.machine import choose_device, sampling_precision
 from common.play import sample_all
 
@@ -38,7 +35,7 @@ def main() -> None:
     origin.check_place(options.csv, options.checkpoint != parser.get_default("checkpoint"))
     lesson, device = load_lesson("lesson_04_ncsnv2"), choose_device()
     network, config, checkpoint = load_network(lesson, options.checkpoint, device)
-    check_gray_digits(options.checkpoint, checkpoint)
+    origin.check_gray_digits(options.checkpoint, checkpoint)
     precision = sampling_precision("auto", config.precision, device)
     shape = (options.num, *checkpoint["image_shape"])
     lines = origin.read(options.csv, COLUMNS)
@@ -50,8 +47,7 @@ def main() -> None:
         found = digit_report(x.clamp(0, 1))["samples"]
         numbers = [f"{found[name]:.3f}" for name in ("fid", "precision", "recall")]
         lines.append([sampler, calls, options.num, 1, *numbers, *origin.origin()])
-        with atomic_write(options.csv) as temporary, open(temporary, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
+        origin.write(options.csv, lines)
 
 
 if __name__ == "__main__":

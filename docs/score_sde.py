@@ -16,13 +16,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import origin
 from ddpm import measure
-from techniques import Table, check_gray_digits, fid, noise_in, real_features
+from techniques import Table, fid, judged, noise_in
 
 from common.checkpoint import load_lesson, load_network, load_weights
 from common.cli import run
 from common.digit_classifier import load_classifier as load_judge
-from common.digit_metrics import digit_features, precision_recall
 from common.errors import LessonError
 from common.machine import InBatches, choose_device, sampling_precision
 from common.play import MASKS, read_mask
@@ -50,7 +50,7 @@ def load(name: str, path: str, smoke: bool = False) -> SimpleNamespace:
     """
     lesson = load_lesson(name)
     network, config, found = load_network(lesson, path, choose_device())
-    check_gray_digits(path, found)
+    origin.check_gray_digits(path, found)
     if smoke:
         config.width, config.N = 4, 4
         network = lesson.make_network(config, 1, {"sigma_max": network.sigma_max}).to(choose_device()).eval()
@@ -162,8 +162,7 @@ def takeover(table: Table, seven: SimpleNamespace) -> None:
                 sigmas = VE(ends[1], ends[0]).std(torch.linspace(1, 0, steps + 1)).to(x.device)
                 *_, x = seven.lesson.follow(sampler, seven.network, x, sigmas, None, seven.config, noise)
             after = denoise(seven.network, x, sigmas[-1]).cpu()
-            precision, recall = precision_recall(real_features(), digit_features(after.clamp(0, 1)))
-            table.add(f"{first}, then {then}", sigma, fid=fid(after), precision=precision, recall=recall)
+            table.add(f"{first}, then {then}", sigma, **judged(after))
 
 
 def loss(table: Table, seven: SimpleNamespace) -> None:

@@ -6,7 +6,6 @@ of them. Each experiment prints its question, what was expected before it was fi
 """
 
 import copy
-import csv
 import functools
 import importlib
 import inspect
@@ -36,9 +35,8 @@ from common.cli import ENDS, run
 from common.config import check_choice, check_range
 from common.data import load_images, load_labels
 from common.digit_classifier import load_classifier
-from common.digit_metrics import digit_features, frechet_distance
-from common.errors import LessonError
-from common.files import atomic_write, check_writable
+from common.digit_metrics import digit_features, frechet_distance, precision_recall
+from common.files import check_writable
 from common.images import save_gif, some_frames
 from common.machine import InBatches, autocast, choose_device, sampling_precision
 from common.noise import SeededNoise
@@ -60,13 +58,6 @@ from lesson_04_ncsnv2.unconditional import noise_after_langevin, step_size_for_a
 COLUMNS = (*figures.TECHNIQUES_COLUMNS, *origin.COLUMNS)
 
 
-def check_gray_digits(path: str | Path, checkpoint: dict) -> None:
-    """LessonError if a checkpoint is not of the gray digits that all measurements are made with."""
-    config = checkpoint["config"]
-    if config["images"] or config["dataset"] != "mnist":
-        raise LessonError(f"{path} was trained on {config['images'] or config['dataset']}: name one of mnist's digits")
-
-
 class Trained(NamedTuple):
     """A lesson's trained network, to be called with any number of images, its configuration, and its sample.py."""
 
@@ -79,7 +70,7 @@ def load(name: str, path: str, smoke: bool) -> Trained:
     """Reads a lesson's checkpoint. `smoke` puts a tiny network, which has learned nothing, in its place."""
     lesson = load_lesson(name)
     network, config, found = load_network(lesson, path, choose_device())
-    check_gray_digits(path, found)
+    origin.check_gray_digits(path, found)
     if smoke:
         config.width, some = 4, evenly(len(network.sigmas), 6)
         network = lesson.make_network(config, 1, {"sigmas": network.sigmas[some]}).to(choose_device())
@@ -101,7 +92,7 @@ class Table:
         check_writable(path)  # now, not after the work
         if again or not path.is_file():
             lines, mine = [line for line in lines if line not in mine], []
-            self._write(lines)
+            origin.write(path, lines)
         self.there = {(line[1], line[2]) for line in mine}
 
     def missing(self, setting: str, xs) -> list:
@@ -115,7 +106,7 @@ class Table:
         for name, value in values.items() if self.missing(setting, [x]) else ():
             line = self.experiment, setting, f"{x:.6g}", name, f"{value:.6g}", self.n, self.seed
             lines.append([*line, *origin.origin(self.experiment)])
-        self._write(lines)
+        origin.write(self.path, lines)
         self.there.add((setting, f"{x:.6g}"))
         print(f"  {setting}: {x:.4g}: " + ", ".join(f"{name} {v:.4g}" for name, v in values.items()), flush=True)
 
@@ -123,10 +114,6 @@ class Table:
         """Prints what is left out, and how to measure it anew."""
         if self.there:
             print(f"  {len(self.there)} measurements are in {self.path} already; --again makes them anew", flush=True)
-
-    def _write(self, lines):
-        with atomic_write(self.path) as temporary, open(temporary, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
 
     def digits(self) -> tuple[Tensor, Tensor]:
         """n test digits (n, 1, 28, 28) in [0, 1] that the seed chooses, and their labels (n,)."""
@@ -169,6 +156,13 @@ def real_features() -> Tensor:
 def fid(x: Tensor) -> float:
     """Digit FID of images (N, 1, 28, 28), clamped to [0, 1]; not a number if they are not finite."""
     return frechet_distance(digit_features(x.clamp(0, 1)), real_features()) if x.isfinite().all() else math.nan
+
+
+def judged(x: Tensor) -> dict[str, float]:
+    """Digit FID, precision and recall of images (N, 1, 28, 28), clamped to [0, 1]."""
+    found = digit_features(x.clamp(0, 1))
+    precision, recall = precision_recall(real_features(), found)
+    return {"fid": frechet_distance(found, real_features()), "precision": precision, "recall": recall}
 
 
 def noise_in(x: Tensor) -> float:

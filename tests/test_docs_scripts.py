@@ -25,6 +25,7 @@ import figures_ddpm
 import figures_sde
 import gpu
 import measure
+import origin
 import others
 import techniques
 
@@ -269,7 +270,7 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
             self.file.write("half a li")
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(techniques.csv, "writer", HalfAWriter)
+    monkeypatch.setattr(origin.csv, "writer", HalfAWriter)
     with pytest.raises(LessonError, match="cannot write .*t.csv"):
         table.add("setting", 2, fid=3.0)
     assert (tmp_path / "t.csv").read_text() == before
@@ -293,8 +294,8 @@ def test_figures_show_the_first_seed_and_number_of_images(tmp_path):
 def test_measurements_are_of_gray_digits():
     for config in ({"images": "", "dataset": "color_mnist"}, {"images": "/photographs", "dataset": "mnist"}):
         with pytest.raises(LessonError, match="x.pt was trained on (color_mnist|/photographs): name one of mnist"):
-            techniques.check_gray_digits("x.pt", {"config": config})
-    techniques.check_gray_digits("x.pt", {"config": {"images": "", "dataset": "mnist"}})
+            origin.check_gray_digits("x.pt", {"config": config})
+    origin.check_gray_digits("x.pt", {"config": {"images": "", "dataset": "mnist"}})
 
 
 def test_each_comparison_takes_its_weights_and_its_calls(tmp_path, monkeypatch):
