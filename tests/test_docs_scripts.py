@@ -298,6 +298,54 @@ def test_measurements_are_of_gray_digits():
     origin.check_gray_digits("x.pt", {"config": {"images": "", "dataset": "mnist"}})
 
 
+@pytest.mark.parametrize("script, name", [(techniques, "lesson_04_ncsnv2"), (compare.ddpm, "lesson_05_ddpm"),
+                                            (compare.score_sde, "lesson_07_score_sde")])  # fmt: skip
+def test_each_script_refuses_other_pictures(script, name, tmp_path):
+    checkpoint = torch.load(ROOT / name / "pretrained.pt", weights_only=True)
+    checkpoint["config"]["dataset"] = "fashion_mnist"
+    torch.save(checkpoint, tmp_path / "x.pt")
+    with pytest.raises(LessonError, match="was trained on fashion_mnist"):
+        script.load(name, tmp_path / "x.pt", False)
+
+
+def test_a_takeover_has_97_calls_and_goes_from_sigma_max_to_sigma_L(tmp_path, monkeypatch):
+    walks = []
+
+    def follow(sampler, network, x, sigmas, *rest):
+        walks.append((sampler, sigmas))
+        return iter([x])
+
+    seven = types.SimpleNamespace(sigma_max=16.88, config=types.SimpleNamespace(sigma_L=0.01), network=None,
+                                  smoke=False, lesson=types.SimpleNamespace(follow=follow))  # fmt: skip
+    monkeypatch.setattr(compare.score_sde, "denoise", lambda network, x, sigma: x)
+    monkeypatch.setattr(compare.score_sde, "judged", lambda x: {"fid": 1.0})
+    compare.score_sde.takeover(techniques.Table(tmp_path / "t.csv", "takeover", 2, 1, False, False), seven)
+    assert len(walks) == 2 * (5 * 2 + 1)
+    pairs = [walks[k : k + 2] for k in (*range(0, 10, 2), *range(11, 21, 2))]
+    for (first, above), (then, below) in pairs:
+        assert {first, then} == {"heun", "consistent"} and float(above[-1]) == pytest.approx(float(below[0]))
+        assert (float(above[0]), float(below[-1])) == pytest.approx((16.88, 0.01))
+        calls = sum((len(sigmas) - 1) * (1 + (name == "heun")) for name, sigmas in ((first, above), (then, below)))
+        assert abs(calls - 96) <= 2
+    assert [walks[k][0] for k in (10, 21)] == ["heun", "consistent"]
+
+
+def test_ctrl_c_is_heard_again_after_a_training_in_a_script(monkeypatch):
+    before = {number: signal.getsignal(number) for number in techniques.ENDS}
+
+    def train(config, training):
+        for number in techniques.ENDS:
+            signal.signal(number, signal.SIG_DFL)  # as a StopRequest takes them
+
+    monkeypatch.setattr(techniques.importlib, "import_module", lambda name: types.SimpleNamespace(
+        Config=lambda **how: types.SimpleNamespace(**how), train=train))  # fmt: skip
+    monkeypatch.setattr(techniques, "load_lesson", lambda name: types.SimpleNamespace(LESSON=name))
+    run = types.SimpleNamespace(image_shape=(1, 28, 28), config=None, close=lambda: None)
+    monkeypatch.setattr(techniques, "Run", lambda config, lesson: run)
+    techniques.train_lesson("lesson_05_ddpm", steps=1)
+    assert {number: signal.getsignal(number) for number in techniques.ENDS} == before
+
+
 def test_each_comparison_takes_its_weights_and_its_calls(tmp_path, monkeypatch):
     name, found = "lesson_04_ncsnv2", []
     for path in ("pretrained.pt", *(f"output_{of}/checkpoint.pt" for of in ("2", "ten", "ten_1"))):

@@ -405,6 +405,12 @@ def test_a_folder_of_other_pictures_is_read_as_the_network_needs_them(lesson, ve
 # Interpolation, nearest, denoise
 
 
+@pytest.mark.lessons("lesson_05_ddpm")
+def test_pictures_that_are_not_there_are_missed_before_sampling(lesson, tmp_path):
+    ran = sample(lesson.name, "--nearest", "--images", tmp_path / "nowhere")
+    assert "is not a folder" in ran.stderr and "calls" not in ran.stderr
+
+
 def test_the_ends_of_an_interpolation_are_the_samples(lesson, tmp_path):
     done(sample(lesson.name, "--seed", 3, "--num", 4, "--output", tmp_path / "a.png"))
     done(sample(lesson.name, "--seed", 3, "--num", 2, "--interpolate", "--output", tmp_path / "i.png"))
