@@ -2,6 +2,7 @@
 
 The lesson run and the paper's network, in both precisions, run in turn, round after round, in one process; the median
 of the rounds is printed. A step is all that train_mnist.py does in it: data, loss, gradients, clipping, optimiser, EMA.
+Images are those of training; a call is the network's, for an image that it samples.
 """
 
 import argparse
@@ -39,7 +40,7 @@ class TimedRun(Run):
                     break
         self.training = (self.step - WARM) * self.config.batch_size / seconds
 
-    def record(self, loss, where):
+    def record(self, loss, where, weight=None):
         """Forgets the losses."""
 
     def to_sample(self, network):
@@ -90,7 +91,7 @@ def main() -> None:
                 rates.setdefault(f"{name}, {precision}", []).append((timed.training, timed.sampling))
     device = choose_device()
     print(f"{options.lesson}, {describe(device)}")
-    print(f"{'images/s, median':30}{'training':>10}{'sampling':>10}")
+    print(f"{'median, a second':30}{'images':>10}{'calls':>10}")
     for name, values in rates.items():
         print(f"{name:30}" + "".join(f"{statistics.median(each):10.1f}" for each in zip(*values)))
     print(f"train_mnist.py chooses {training_precision('auto', device)}")

@@ -145,12 +145,14 @@ class Run:
         """The learning rate of this step."""
         return learning_rate(self.step, self.config)
 
-    def record(self, loss: Tensor, where: Tensor) -> None:
+    def record(self, loss: Tensor, where: Tensor, weight: Tensor | None = None) -> None:
         """Takes the loss (B,) of each image, and where its noise was: (B,), 0 for the noisiest level, 1 the cleanest.
 
-        Both are of this process's part of the batch. Saves if it is time. LessonError for a loss that is not finite.
+        weight (B,), None for 1: of a level that comes less or more often than it counts. All are of this process's part
+        of the batch. Saves if it is time. LessonError for a loss that is not finite.
         """
-        self.log.add(self.step, ranks.gather(torch.stack([loss.detach(), where], dim=1)))
+        weight = torch.ones_like(loss) if weight is None else weight
+        self.log.add(self.step, ranks.gather(torch.stack([loss.detach(), where, weight], dim=1)))
         if self.step == self.first + WARM:
             synchronize(self.device)
             self.clock = time.perf_counter()

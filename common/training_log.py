@@ -19,7 +19,7 @@ class TrainingLog:
     """Collects the losses of each step on the device, and looks at them only now and then, so that a GPU need not wait.
 
     levels: the names of the noise levels, from the noisiest on. `rows` holds [step, loss, loss of band 1, loss of band
-    2, ...], each the mean over the images since the row before, NaN for a band without images.
+    2, ...], each the weighted mean over the images since the row before, NaN for a band without images.
     """
 
     def __init__(self, levels: Sequence[str]):
@@ -27,7 +27,7 @@ class TrainingLog:
         self.rows, self.recent = [], []
 
     def add(self, step: int, losses: Tensor) -> None:
-        """Takes (B, 2): for each image of a step its loss, and its place from the noisiest level, 0, to 1."""
+        """Takes (B, 3): of each image of a step its loss, its place from the noisiest level, 0, to 1, and weight."""
         self.recent.append((step, losses))
 
     def check(self) -> None:
@@ -49,9 +49,10 @@ class TrainingLog:
 
     def _recent_row(self):
         self.check()
-        loss, where = torch.cat([losses.cpu().double() for _, losses in self.recent]).T
+        loss, where, weight = torch.cat([losses.cpu().double() for _, losses in self.recent]).T
         band = (where * len(self.levels)).long() * self.bands // len(self.levels)
-        return [self.recent[-1][0], loss.mean().item(), *(loss[band == k].mean().item() for k in range(self.bands))]
+        sums = [(weight * loss)[band == k].sum() / weight[band == k].sum() for k in range(self.bands)]
+        return [self.recent[-1][0], (weight * loss).mean().item(), *torch.stack(sums).tolist()]
 
     def write(self, folder: str | Path, reference: float) -> None:
         """Writes metrics.csv and loss.png. reference: the loss of a network that returns zero.
@@ -72,5 +73,7 @@ class TrainingLog:
         return {"rows": self.rows, "recent": [(step, losses.cpu()) for step, losses in self.recent]}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from what `state_dict` returned."""
+        """Goes on from what `state_dict` returned. ValueError if it is of another version."""
+        if any(losses.shape[1] != 3 for _, losses in state["recent"]):
+            raise ValueError("losses without weights")
         self.rows, self.recent = state["rows"], list(state["recent"])

@@ -106,7 +106,7 @@ def train(config: Config, run: Run) -> None:
         optimizer.step(run.learning_rate)
         update_ema(ema, network, run.step, config.ema_decay)
 
-        run.record(weight * loss, 1 - (t + 0.5) / config.T)
+        run.record(loss, 1 - (t + 0.5) / config.T, weight)
         if run.preview_due:
             run.show(draw(run.to_sample(ema), config, *run.pictures, SAMPLERS[0], calls[0]))
 

@@ -253,9 +253,10 @@ SIGMAS = torch.tensor([512.0, 256, 128, 64, 32, 16, 8, 4, 2, 1])  # two in each 
 LEVELS = [f"sigma {int(sigma)}" for sigma in SIGMAS]
 
 
-def at(*losses, i, L=10):
-    """What the log takes: losses, and where between the noisiest and the cleanest of L levels they were."""
-    return torch.stack([torch.tensor(losses), (torch.tensor(i) + 0.5) / L], dim=1)
+def at(*losses, i, L=10, weights=None):
+    """What the log takes: losses, where between the noisiest and the cleanest of L levels they were, and weights."""
+    weights = torch.ones(len(losses)) if weights is None else torch.tensor(weights)
+    return torch.stack([torch.tensor(losses), (torch.tensor(i) + 0.5) / L, weights], dim=1)
 
 
 def test_log_rows_are_means_over_images_and_bands(tmp_path):
@@ -275,6 +276,24 @@ def test_log_rows_are_means_over_images_and_bands(tmp_path):
     )
     assert rows == ["2,3.0,1.5,nan,nan,nan,4.5", "3,6.0,nan,nan,6.0,nan,nan"]
     assert set(hashes(tmp_path)) == {"metrics.csv", "loss.png"}
+
+
+def test_log_bands_are_means_whatever_comes_more_often(tmp_path):
+    """Level k has the loss (10 - k)^2 and comes as often as that, with the weight that makes up for it."""
+    L, log = 10, TrainingLog(LEVELS)
+    i = [k for k in range(L) for _ in range((L - k) ** 2)]
+    often = len(i) / L
+    log.add(1, at(*((L - k) ** 2.0 for k in i), i=i, weights=[often / (L - k) ** 2 for k in i]))
+    log.close_row()
+    bands = [((L - k) ** 2 + (L - k - 1) ** 2) / 2 for k in range(0, L, 2)]
+    assert log.rows[0] == pytest.approx([1, sum(bands) / 5, *bands])
+    log.write(tmp_path, reference=8)
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_log_of_another_version_is_refused():
+    with pytest.raises(ValueError, match="without weights"):
+        TrainingLog(LEVELS).load_state_dict({"rows": [], "recent": [(1, torch.rand(16, 2))]})
 
 
 @pytest.mark.parametrize("L", [1, 2, 3, 5, 7, 11, 96, 1000])
@@ -310,7 +329,7 @@ def test_log_names_step_and_level_of_a_bad_loss(tmp_path, bad):
 def test_log_goes_on_after_a_round_trip(tmp_path):
     def add(log, steps):
         for step in steps:
-            log.add(step, torch.rand(16, 2, generator=torch.Generator().manual_seed(step)))
+            log.add(step, torch.rand(16, 3, generator=torch.Generator().manual_seed(step)))
             if step % 10 == 0:
                 log.close_row()
 

@@ -568,8 +568,10 @@ def test_the_log_has_the_loss_that_is_minimised_and_where_a_zero_network_would_b
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("common.run.TrainingLog.write", lambda log, folder, reference: plotted.append(reference))
             assert quick(NINE, *flags, LossAwareTimesteps=chooser).status == 0
-        losses.append(read_checkpoint(tmp_path)["log"]["recent"][0][1][:, 0])
-    torch.testing.assert_close(16 * losses[1], losses[0])
+        log = read_checkpoint(tmp_path)["log"]["recent"][0][1]
+        losses.append(log[:, [0, 2]])  # the loss, and its weight
+    torch.testing.assert_close(losses[1], losses[0] / torch.tensor([1, 16]))
+    assert (losses[0][:, 1] == 1).all()  # it is uniform yet
     assert plotted[0] == line or math.isnan(plotted[0]) and math.isnan(line)
 
 

@@ -88,9 +88,9 @@ def spy(lesson, folder, *flags):
     pieces |= {"update_ema": update_ema} if module_ema else {}
     record = common.run.Run.record
 
-    def recorded(self, loss, where):
+    def recorded(self, loss, where, weight=None):
         seen.where.append((loss, where))
-        record(self, loss, where)
+        record(self, loss, where, weight)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.run.Run, "record", recorded)
