@@ -98,7 +98,7 @@ def noise_and_guess(network, config, x: Tensor, z: Tensor, k: int) -> tuple[Tens
     return to_pictures(x_t), to_pictures(clean_image(x_t, abars[n], network(x_t, t)[0], config.clip_x_0))
 
 
-# The paper's own pictures, which flags of these names ask for. Each gets the network, the configuration, how many rows
+# DDPM's own pictures, which flags of these names ask for. Each gets the network, the configuration, how many rows
 # or samples, a seed, the number of network calls, and as many pairs of test images x (N, 2, C, H, W) in [0, 1]. Each
 # returns images in [0, 1], and how many of them are a row.
 
@@ -110,7 +110,7 @@ def chain(network, config, x: Tensor, steps: Tensor, generator: Noise) -> Iterat
 
 @torch.no_grad()
 def progress(network, config, n: int, seed: int, calls: int, x: Tensor) -> tuple[Tensor, int]:
-    """show the network's guesses of the clean image, x_0-hat, along the chain (Fig. 6)"""
+    """show the network's guesses of the clean image, x_0-hat, along the chain (DDPM's Fig. 6)"""
     generator, guesses = SeededNoise(range(seed, seed + n)), []
     _, abars = schedule(config)
 
@@ -127,7 +127,7 @@ def progress(network, config, n: int, seed: int, calls: int, x: Tensor) -> tuple
 
 @torch.no_grad()
 def share_latent(network, config, n: int, seed: int, calls: int, x: Tensor) -> tuple[Tensor, int]:
-    """show samples that share the x_t at the left, of t = T, 3/4 T, T/2 and T/4 (Fig. 7)"""
+    """show samples that share the x_t at the left, of about t = T, 3/4 T, T/2 and T/4 (DDPM's Fig. 7)"""
     steps, rows = some_timesteps(config, calls), []
     for part in (1, 0.75, 0.5, 0.25):
         shared = SeededNoise([seed])  # the same chain in each row
@@ -142,9 +142,9 @@ def share_latent(network, config, n: int, seed: int, calls: int, x: Tensor) -> t
 
 @torch.no_grad()
 def interpolate_images(network, config, n: int, seed: int, calls: int, x: Tensor) -> tuple[Tensor, int]:
-    """go from one test image to another, both with the same noise of t = T/2, which is then taken away (Fig. 8)"""
-    steps, middle = some_timesteps(config, calls), config.T // 2
-    steps = steps[steps <= middle]
+    """go from one test image to another: same noise of t = T/2, which is then taken away (DDPM's Fig. 8)"""
+    steps, middle = some_timesteps(config, calls), max(0, config.T // 2 - 1)  # the paper's T/2, from 0 on
+    steps = torch.cat([steps[steps < middle], torch.tensor([middle])])
     share = torch.linspace(0, 1, COLUMNS - 2, device=x.device)[None, :, None, None, None]
     mixed = ((1 - share) * x[:, :1] + share * x[:, 1:]).flatten(0, 1)  # x_t is linear in x_0, and so is its mixture
     seeds = [seed + k for k in range(n) for _ in range(COLUMNS - 2)]  # the noise of a row is the same, in every step

@@ -587,14 +587,18 @@ def test_both_images_of_an_interpolation_get_the_same_noise_of_half_of_the_steps
     module, (_, config, _) = script("lesson_05_ddpm", "sample"), shipped(SimpleNamespace(name="lesson_05_ddpm"))
     x, network = torch.rand(2, 2, 1, 28, 28), Counting()
     images, columns = module.interpolate_images(network, config, 2, 3, 1000, x)
-    abar = (1 - torch.linspace(config.beta_1, config.beta_T, config.T)).cumprod(0)[500]
+    abar = (1 - torch.linspace(config.beta_1, config.beta_T, config.T)).cumprod(0)[499]  # t = 500
     share = (torch.arange(8) / 7)[None, :, None, None, None]
     mixed = 2 * ((1 - share) * x[:, :1] + share * x[:, 1:]) - 1
     z = (network.first.view(2, 8, 1, 28, 28) - abar.sqrt() * mixed) / (1 - abar).sqrt()
     torch.testing.assert_close(z, z[:, :1].expand_as(z), rtol=0, atol=1e-4)
     assert float(z.std()) == pytest.approx(1, rel=0.05) and not torch.allclose(z[0], z[1], atol=0.1)
-    assert network.levels == list(range(500, -1, -1)) and columns == 10
+    assert network.levels == list(range(499, -1, -1)) and columns == 10
     assert torch.equal(images.view(2, 10, 1, 28, 28)[:, [0, -1]], x)
+    for calls, levels in ((2, [499, 0]), (6, [499, 400, 200, 0])):  # whatever timesteps are kept
+        few = Counting()
+        module.interpolate_images(few, config, 2, 3, calls, x)
+        assert few.levels == levels
 
 
 def test_a_guess_that_is_not_clipped_makes_another_picture(tmp_path):
