@@ -27,7 +27,7 @@ def main() -> None:
     add("--num", type=int, default=1000, help="how many samples to make (default: 1000)")
     add("--seed", type=int, default=1, help="image k is the sample of seed + k (default: 1)")
     add("--sampler", help="(default: the paper's)")
-    add("--calls", type=int, help="network calls for each sample (default: as many as the paper has)")
+    add("--calls", type=int, help="network calls for each sample (default: by the training's T, L or N)")
     add("--save", metavar="PATH", type=path, help="also write the samples, as a tensor, to this file")
     options = parser.parse_args()
     named = [flag_of(name) for name, value in vars(options).items() if value != parser.get_default(name)]
@@ -50,7 +50,7 @@ def main() -> None:
         calls = options.calls or lesson.number_of_calls(network, config, sampler, quick=False)
         device = next(network.parameters()).device
         precision = sampling_precision("auto", config.precision, device)
-        print(f"{lesson.LESSON}, step {checkpoint['step']}, {sampler}, {calls} network calls, {precision}")
+        print(f"{lesson.LESSON}, step {checkpoint['step']}, {sampler}, at most {calls} network calls, {precision}")
         shape = (options.num, *checkpoint["image_shape"])
         samples, _ = sample_all(lesson, network, config, shape, options.seed, sampler, calls, precision)
         if options.save:

@@ -22,7 +22,7 @@ PADDING_GRAY = 64  # darker than ink and lighter than paper, so that the edges o
 def save_grid(images: Tensor, path: str | Path, columns: int | None = None, scale: int | None = None) -> None:
     """Writes images (N, C, H, W) as one PNG, row by row; columns=None is the smallest square that holds them.
 
-    Values outside [0, 1] are clamped. Each pixel becomes scale x scale; None is so many that an image is 56 wide.
+    Values outside [0, 1] are clamped. Each pixel becomes scale x scale; None is the least for a width of 56.
     Raises ValueError for NaN, for integers and for other shapes, LessonError if path cannot be written.
     """
     grid = Image.fromarray(_grid(images, columns, scale))

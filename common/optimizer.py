@@ -73,7 +73,8 @@ class Optimizer:
 def orthogonal(x: Tensor) -> Tensor:
     """About U V^T of each matrix x = U S V^T, x (n, rows, columns): five Newton-Schulz steps (Jordan et al. 2024).
 
-    They leave singular values near 1, between 0.6 and 1.3, which does as well in an update.
+    Singular values above a hundredth of the norm come to lie near 1, from 0.68 to 1.14, which does as well in an
+    update; much smaller ones only grow.
     """
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT).mT

@@ -10,7 +10,7 @@ of test images x (n, 2, C, H, W), which returns images and how many are a row; i
 ONLY_FOR, {flag: the samplers and pictures that it has an effect on}, where these are not all;
 make_network(config, channels, weights) -> the network, before weights are loaded into it;
 number_of_calls(network, config, sampler, quick) -> how often the network is called for each image, if nobody says;
-draw(network, config, shape, generator, sampler, calls) -> yields images (N, C, H, W) on the way, the last ones final;
+draw(network, config, shape, generator, sampler, calls) -> yields images (N, C, H, W) on the way, the last final;
 fill_in(network, config, y, known, generator, calls) -> y (N, C, H, W) with other pixels where known (1, 1, H, W) is 0;
 noise_levels(network, config) -> the names of the noise levels, from the noisiest on;
 noise_and_guess(network, config, x, z, k) -> x with noise z of level k, and the network's guess of the clean images.
@@ -60,7 +60,7 @@ def read_flags(lesson: ModuleType) -> Namespace:
     add("--num", type=int, help="how many images, or rows of them (default: 64 images, 8 rows, 4 for --denoise)")
     add("--seed", type=int, default=1, help="image k is the sample of seed + k, always the same (default: 1)")
     add("--sampler", choices=lesson.SAMPLERS, help=f"(default: {lesson.SAMPLERS[0]}; {lesson.FILLS_IN} for --inpaint)")
-    add("--calls", type=int, help="network calls for each image (default: as many as the sampler needs)")
+    add("--calls", type=int, help="network calls for each image (default: enough for a quick look)")
     add("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="(default: that of the training)")
     add("--output", metavar="PATH.png", help="the picture (default: output/drawn.png, output/inpaint.png, ...)")
     add("--save-tensor", metavar="PATH", help="also write the images, float (N, C, H, W), for torch.load")

@@ -29,7 +29,7 @@ from common.images import check_finite, save_grid
 
 
 class FirstScoreNetwork(nn.Module):
-    """Estimates the score of images of 28 x 28 pixels with noise of scale sigma_i, in two parts (cf. NCSN, Sec. 4.2).
+    """Estimates the score of images of 28 x 28 pixels with noise of scale sigma_i, in two parts (cf. NCSN, Sec. 4.1).
 
     Three linear layers see the whole image, which a digit needs. Their result and the image go through convolutions,
     which see four pixels far, and sharpen the strokes. sigmas (L,) are the noise scales; `width` is of the hidden

@@ -43,7 +43,7 @@ def langevin_steps(calls: int, L: int) -> int:
 
 @torch.no_grad()
 def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: int) -> Iterator[Tensor]:
-    """Yields images of `shape` (N, C, H, W) after each noise scale, with so many network calls."""
+    """Yields images of `shape` (N, C, H, W) after each noise scale, with at most so many network calls."""
     sigmas, T = network.sigmas, langevin_steps(calls, len(network.sigmas))
     epsilon = langevin_step_size(sigmas, T, config.T, config.epsilon)
     x = torch.special.ndtr(noise_like(torch.empty(shape, device=sigmas.device), generator))  # uniform in [0, 1]

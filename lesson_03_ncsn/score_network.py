@@ -128,7 +128,7 @@ class ScoreNetwork(nn.Module):
     blocks: residual blocks in each stage, and residual units that adapt each input of a refine block.
     activation: a name in common.layers.ACTIVATIONS.
     skip: the layers see c x, with c = 1 / sqrt(0.2 + mean square), and c (h - x) takes the place of their output h. For
-    strong noise c is about 1 / sigma, and the right h is the clean image; for weak noise c is about 2.
+    strong noise (in lesson 3, of scale 1) the right h is nearly the clean image; for weak noise c is about 2.
     """
 
     def __init__(self, sigmas, channels=1, width=64, patch=1, blocks=2, activation="elu", skip=False):

@@ -108,7 +108,7 @@ def square(title: str, path: Path):
 
 @torch.no_grad()
 def show_field(score, title: str, path: Path) -> None:
-    """Draws arrows for a score, x (B, 2, 1, 1) -> the same shape, on a grid. Long ones are shortened, to length 1."""
+    """Draws arrows for a score, x (B, 2, 1, 1) -> the same shape, on a grid. All are shortened, to below length 1."""
     x = grid(21)
     s = score(x).flatten(1)  # (441, 2)
     s = s / (1 + s.norm(dim=1, keepdim=True))  # only the direction is left of a long one

@@ -73,7 +73,7 @@ def noise_scale_ratio(dimension: int, overlap: float = 0.5) -> float:
     low, high = 1.0, 2.0
     while overlap_at(high) > overlap:
         low, high = high, 2 * high
-    for _ in range(100):  # bisection: the overlap falls as gamma grows
+    for _ in range(100):  # bisection: below 0.99 the overlap falls as gamma grows
         gamma = (low + high) / 2
         low, high = (gamma, high) if overlap_at(gamma) > overlap else (low, gamma)
     return gamma

@@ -61,7 +61,7 @@ def measured_eta(sigmas: Tensor) -> float:
 
 @torch.no_grad()
 def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: int) -> Iterator[Tensor]:
-    """Yields images of `shape` (N, C, H, W) after each noise scale and, last, denoised, with so many network calls.
+    """Yields images of `shape` (N, C, H, W) after each noise scale and, last, denoised, with at most so many calls.
 
     With fewer calls than noise scales, consistent sampling takes some of the scales only, evenly chosen.
     """

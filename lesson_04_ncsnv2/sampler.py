@@ -96,7 +96,7 @@ def smallest_eta(sigmas: Tensor) -> float:
 
 
 def ancestral_eta(sigmas: Tensor) -> float:
-    """1 - 1 / gamma^2: with it, consistent annealed sampling takes DDPM's ancestral step.
+    """1 - 1 / gamma^2: with it, consistent annealed sampling takes DDPM's ancestral step, of the small variance.
 
     It is also the smallest eta at which a network that is not conditioned on the noise level lets no excess of noise
     grow (unconditional.py).
@@ -110,7 +110,7 @@ def consistent_annealed_sampling(
 ) -> Iterator[Tensor]:
     """Algorithm 1 with as much fresh noise as the next step expects x to lack.
 
-    Jolicoeur-Martineau et al. 2020, arXiv 2009.05475, Sec. 4; T > 1 is ours, they take more noise scales instead.
+    Jolicoeur-Martineau et al. 2020, arXiv 2009.05475, Sec. 3; T > 1 is ours, they take more noise scales instead.
     Arguments, result and cost are those of `annealed_langevin_dynamics`. A step with eta = epsilon / sigma_L^2 leaves
     1 - eta of the noise if the network's guess of the clean image is right. What is missing to the noise of the next
     step is drawn afresh: to sigma_i for all but the last of T steps, which moves on to sigma_{i+1}. Noise can be added

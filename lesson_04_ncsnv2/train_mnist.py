@@ -47,7 +47,7 @@ class Config(RunConfig):
     sigma_L: Annotated[float, 1e-6, 1] = 0.01  # paper, Sec. 3.1: the smallest noise scale, which the eye does not see
     overlap: Annotated[float, 0.01, 0.98] = 0.5  # paper, Technique 2: how much neighbouring noise scales share
     T: int = 10  # ours: Langevin steps at each noise scale, as large as affordable; the paper has 5 for 32x32 pixels
-    ema_decay: Annotated[float, 0, 1] = 0.995  # ours: a shorter memory for a shorter run; paper, Technique 5: 0.999
+    ema_decay: Annotated[float, 0, 1] = 0.995  # ours: a shorter memory for a shorter run; NCSNv2, Technique 5: 0.999
 
 
 PRESETS = {

@@ -44,8 +44,8 @@ def noise_after_consistent(sigmas: Tensor, eta: float, a: float = 1.0, condition
     """The noise with which consistent annealed sampling comes to sigma_L, over sigma_L, from a times the right noise.
 
     Its fresh noise makes a = 1 stay 1. A small excess a - 1 is multiplied at each level by gamma^2 (1 - eta), or by
-    gamma^2 (1 - eta)^2 if the network is conditioned: it dies out for eta > 1 - 1 / gamma^2, which is DDPM's ancestral
-    step, and grows below, as at eta = 1 - 1 / gamma, which is DDIM.
+    gamma^2 (1 - eta)^2 if the network is conditioned: it dies out for eta > 1 - 1 / gamma^2, DDPM's ancestral step
+    (small variance), and grows below, as at eta = 1 - 1 / gamma, which is DDIM.
     """
     a = torch.tensor(a, dtype=torch.float64)
     for gamma in (sigmas[:-1] / sigmas[1:]).cpu().double():

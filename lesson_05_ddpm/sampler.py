@@ -57,7 +57,7 @@ def ddim_sampling(
     clip: bool = True,
     generator: Noise = None,
 ) -> Iterator[Tensor]:
-    """Denoising diffusion implicit models (Song et al. 2021, arXiv 2010.02502, Eq. 12): not in the paper.
+    """Denoising diffusion implicit models (Song et al. 2021, arXiv 2010.02502, Eq. 12): not in DDPM's paper.
 
     Jumps from each of the K timesteps (ascending) to the one before: K network calls. x_t is x_0-hat and eps-hat, mixed
     as sqrt(abar_t) and sqrt(1 - abar_t); the next x is the same two, mixed for the next t. With eta = 0 no noise is

@@ -100,7 +100,7 @@ def follow(sampler: str, score, x: Tensor, sigmas: Tensor, ms: Tensor, config, g
 
 @torch.no_grad()
 def draw(network, config, shape: tuple, generator: Noise, sampler: str, calls: int) -> Iterator[Tensor]:
-    """Yields images of `shape` (N, C, H, W) after each noise scale and, last, denoised, with so many network calls."""
+    """Yields images of `shape` (N, C, H, W) after each noise scale and, last, denoised, with at most so many calls."""
     sigmas, ms = schedule_for_calls(network, config, sampler, calls)
     score = guided(network, config, shape)
     start = sigmas[0] * noise_like(torch.empty(shape, device=sigmas.device), generator)
@@ -160,7 +160,7 @@ def encoded(network, config, n: int, seed: int, calls: int, x: Tensor) -> tuple[
 
 @torch.no_grad()
 def interpolate_images(network, config, n: int, seed: int, calls: int, x: Tensor) -> tuple[Tensor, int]:
-    """go from one test image to another, along an arc between their latents (App. D.5)"""
+    """go from one test image to another, along an arc between their latents (App. D.4)"""
     z = latents(network, config, x.flatten(0, 1), seed).unflatten(0, (n, 2))
     flat = z.flatten(2) / z.flatten(2).norm(dim=2, keepdim=True)
     angle = (flat[:, 0] * flat[:, 1]).sum(1).arccos()[:, None, None, None, None]

@@ -1,6 +1,6 @@
 """The score network: a 4-cascade RefineNet (Lin et al. 2017), conditioned on log sigma.
 
-Changes from lesson 4: log sigma moves the weights of the norms, and scales the input; a copy of that is magnified.
+Changes from lesson 4: log sigma moves the weights of the norms; sigma scales x, and x / sigma comes in beside it.
 
 Shapes: B images of C channels and H x W pixels; E numbers that embed log sigma.
 """
@@ -134,7 +134,7 @@ class RefineBlock(nn.Module):
 class ScoreNetwork(nn.Module):
     """Estimates the score of the data under Gaussian noise of scale sigma, for every sigma up to sigma_max at once.
 
-    Its layers are conditioned on log sigma (App. H). If not conditional, it is lesson 4's network, whose weights fit.
+    Conditioned on log sigma (App. H), with sigma^2 + 0.1 for the mean square; if not, lesson 4's network, weights too.
     Images have `channels` channels, and an even height and width from 16 to 64. The other arguments trade quality for
     time; their defaults are NCSN's network for MNIST.
     width: feature channels at full size; after the only downsampling there are twice as many.
@@ -142,7 +142,7 @@ class ScoreNetwork(nn.Module):
     blocks: residual blocks in each stage, and residual units that adapt each input of a refine block.
     activation: a name in common.layers.ACTIVATIONS.
     skip: the layers see c x, with c = 1 / sqrt(0.2 + mean square), and c (h - x) takes the place of their output h. For
-    strong noise c is about 1 / sigma, and the right h is the clean image; for weak noise c is about 2.
+    strong noise (in lesson 3, of scale 1) the right h is nearly the clean image; for weak noise c is about 2.
     """
 
     def __init__(

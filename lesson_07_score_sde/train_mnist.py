@@ -37,7 +37,7 @@ from common.run import Run, start
 class Config(RunConfig):
     """The paper's numbers; those of RunConfig say how to run. `python train_mnist.py --help` lists all as flags."""
 
-    steps: int = 5000  # ours: eight minutes on two CPU cores with bf16; the paper trains 1.3 million (--paper)
+    steps: int = 5000  # ours: eight minutes on two CPU cores with bf16; --paper: 1.3 million, App. H.1; H.2 has 0.95
     batch_size: int = 64  # ours: more, noisier steps in the same time; the paper has 128
     learning_rate: float = 3e-3  # ours: for Muon, with warm-up and decay; authors' code: 2e-4
     focus: Annotated[float, 0, 10**6] = 0.7  # ours: noise scales near it come more often; paper: none do (0)
@@ -54,7 +54,7 @@ class Config(RunConfig):
     predictor: Literal["reverse_diffusion", "ancestral", "euler_maruyama"] = "reverse_diffusion"  # paper, Sec. 4.1
     corrector: bool = True  # paper, Sec. 4.2: a step of Langevin dynamics after each of the predictor
     r: Annotated[float, 1e-3, 10] = 0.16  # paper, App. G: the corrector's "signal-to-noise ratio"
-    ema_decay: Annotated[float, 0, 1] = 0.995  # ours: a shorter memory for a shorter run; paper, Technique 5: 0.999
+    ema_decay: Annotated[float, 0, 1] = 0.995  # ours: a shorter memory for a shorter run; NCSNv2, Technique 5: 0.999
 
     def check(self) -> None:
         """As `RunConfig.check`; and samplers must not go where the network has not been trained."""
@@ -69,7 +69,7 @@ PRESETS = {
         width=64, blocks=2, patch=1, activation="elu", skip=False, optimizer="adam", focus=0.0,
         preview_every=5000, ema_decay=0.999, N=1000,
     ),
-    "paper on cifar10": dict(width=128, clip=1 / 3072), "paper on color_mnist": dict(clip=1 / 2352),  # with --dataset
+    "paper on cifar10": dict(width=128, clip=1 / 3072), "paper on color_mnist": dict(clip=1 / 2352),  # and 1 / D
     "smoke": dict(
         steps=20, batch_size=16, width=8, warmup=0, decay="constant", sigma_L=1.0, N=4, preview_every=20
     ),

@@ -1,4 +1,4 @@
-"""The variational bound: how many bits a coder with this network needs for a picture (Eq. 5, Sec. 3.3 and 4.3).
+"""The variational bound: how many bits a coder with this network needs for a picture (DDPM's Eq. 5, Sec. 3.3 and 4.3).
 
 The sender encodes x_T, then x_{T-1} given x_T, ..., and last x_0 given x_1. Each step costs as many bits as what really
 happened, q(x_{t-1} | x_t, x_0), differs from what the receiver expected, p(x_{t-1} | x_t): the KL divergence of two

@@ -27,7 +27,7 @@ def linear_betas(T: int, beta_1: float = 1e-4, beta_T: float = 0.02) -> Tensor:
 def cosine_betas(T: int, s: float = 0.008) -> Tensor:
     """Eq. 17: abar_t falls as a squared cosine, nearly straight in the middle and flat at both ends; (T,) float64.
 
-    The last betas are cut to 0.999. Raises ValueError for T < 1.
+    The last beta, which would be 1, is cut to 0.999. Raises ValueError for T < 1.
     """
     if T < 1:
         raise ValueError(f"a schedule needs at least one step, not T = {T}")
