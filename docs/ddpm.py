@@ -89,14 +89,17 @@ def calls(table: Table, five: SimpleNamespace) -> None:
             table.add(setting, K, fid=fid(((x + 1) / 2).cpu()))
 
 
-def called_once(network: Callable) -> Callable:
-    """The network for several bounds in turn: the same noisy images come for each, and it is called for the first."""
-    cache = {}
+def called_once(network: InBatches) -> Callable:
+    """The network for several bounds in turn: the same noisy images come for each, and it is called for the first.
+
+    In float32, whatever samples are drawn in: the last bits of a pixel are what rounding spoils.
+    """
+    cache, float32 = {}, InBatches(network.network, "float32")
 
     def called(x, t):
         if int(t[0]) not in cache:
             cache.clear()
-            cache[int(t[0])] = network(x, t)
+            cache[int(t[0])] = float32(x, t)
         return cache[int(t[0])]
 
     return called
