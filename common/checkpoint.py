@@ -23,7 +23,7 @@ def save_checkpoint(path: str | Path, lesson: str, **state) -> None:
 def load_checkpoint(path: str | Path, lesson: str | None = None, needs: tuple = ()) -> dict:
     """A checkpoint, on the CPU. LessonError if it is missing, damaged, another lesson's, or without one of `needs`."""
     checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or "lesson" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("lesson"), str):
         raise LessonError(f"{path} is not a checkpoint of these lessons; name one that train_mnist.py wrote")
     found = checkpoint["lesson"]
     if lesson not in (None, found):
@@ -53,7 +53,7 @@ def load_weights(module: torch.nn.Module, weights: dict, path) -> None:
     """module.load_state_dict(weights), with one line that says so if the shapes or names do not fit."""
     try:
         module.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise LessonError(f"the weights in {path} do not fit this network; was it made with other flags?") from error
 
 
@@ -70,11 +70,23 @@ def load_lesson(name: str) -> ModuleType:
     return importlib.import_module("sample")
 
 
+class MissingField(LessonError, AttributeError):  # noqa: N818
+    """The configuration of a checkpoint has no such field: it is of another version of its lesson."""
+
+
+class SavedConfig(SimpleNamespace):
+    """The configuration of a checkpoint."""
+
+    def __getattr__(self, name):
+        raise MissingField(f"the checkpoint is of another version of its lesson: its configuration has no {name}")
+
+
 def load_network(lesson: ModuleType, path: str | Path, device: torch.device) -> tuple:
     """The network that samples are drawn with, the configuration it was trained with, and the checkpoint at `path`."""
     found = load_checkpoint(path, lesson.LESSON, needs=(lesson.WEIGHTS, "config", "image_shape", "step"))
-    config, weights = SimpleNamespace(**found["config"]), found[lesson.WEIGHTS]
+    weights = found[lesson.WEIGHTS]
     try:
+        config = SavedConfig(**found["config"])
         network = lesson.make_network(config, found["image_shape"][0], weights)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise LessonError(f"{path} is of another version of {lesson.LESSON}") from error

@@ -48,6 +48,8 @@ class RunConfig:
             value, flag, expected = getattr(self, name), flag_of(name), type(getattr(type(self), name))
             if type(value) is not expected and not (expected is float and type(value) is int):
                 raise LessonError(f"{flag} {value}: not a number or word of the right kind ({expected.__name__})")
+            if name == "output" and not value:
+                raise LessonError("--output: name a folder")
             if get_origin(kind) is Literal:
                 check_choice(flag, value, get_args(kind))
             elif expected in (int, float):
@@ -112,9 +114,9 @@ def _read(path, config_class):
         found = dict(json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise LessonError(f"--config {path}: not a config.json that a run wrote ({error})") from error
-    unknown = set(found) - {field.name for field in dataclasses.fields(config_class)}
+    unknown = sorted({*map(str, found)} - {field.name for field in dataclasses.fields(config_class)})
     if unknown:
-        raise LessonError(f"--config {path} is of another lesson or version: it has {', '.join(sorted(unknown))}")
+        raise LessonError(f"--config {path} is of another lesson or version: it has {', '.join(unknown)}")
     return {name: value for name, value in found.items() if name != "output"}
 
 

@@ -213,7 +213,7 @@ class Run:
         states = {name: part.state_dict() for name, part in self.parts.items()}
         networks = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
         if not all(weights.isfinite().all() for network in networks for weights in network.parameters()):
-            advice = "the last checkpoint is kept; try a lower --learning-rate"
+            advice = "an earlier checkpoint is kept; try a lower --learning-rate"
             raise LessonError(f"the weights are not finite after step {self.step}; {advice}")
         if not self.leads:
             return
@@ -299,9 +299,12 @@ def resume_run(config: RunConfig, named: set[str], lesson: str) -> tuple:
     path = Path(config.output) / "checkpoint.pt"
     checkpoint = load_checkpoint(path, lesson, needs=("config", "step", "network", "device", "generator"))
     try:
-        saved, step = dataclasses.replace(config, **checkpoint["config"]), checkpoint["step"]
-    except TypeError as error:
+        saved, step = type(config)(**checkpoint["config"]), int(checkpoint["step"])
+        missing = set(dataclasses.asdict(saved)) - set(checkpoint["config"])
+    except (TypeError, ValueError) as error:
         raise LessonError(f"{path} is of another version of {lesson}: start a new run") from error
+    if missing:
+        raise LessonError(f"{path} is of another version of {lesson}, without {min(missing)}: start a new run")
     for name in sorted(named - FREE_TO_CHANGE):
         flag, value = flag_of(name), getattr(saved, name)
         if getattr(config, name) != value:

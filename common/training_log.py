@@ -38,7 +38,7 @@ class TrainingLog:
                 k = int(losses[bad][0, 1] * len(self.levels))
                 raise LessonError(
                     f"the loss is not finite at step {step}, noise level {k + 1} of {len(self.levels)} "
-                    f"({self.levels[k]}); the last checkpoint is kept; try a lower --learning-rate"
+                    f"({self.levels[k]}); an earlier checkpoint is kept; try a lower --learning-rate"
                 )
 
     def close_row(self) -> float:

@@ -355,6 +355,10 @@ def test_a_checkpoint_that_is_further_than_asked_for(lesson, copied):
         lambda checkpoint: checkpoint["config"].update(width=16),
         lambda checkpoint: checkpoint["network"].pop("last.weight"),
         lambda checkpoint: checkpoint["config"].update(depth=3),  # of another version of the lesson
+        lambda checkpoint: checkpoint["config"].pop("T"),
+        lambda checkpoint: checkpoint.update(config=None),
+        lambda checkpoint: checkpoint.update(step="a"),
+        lambda checkpoint: checkpoint.update(lesson=3),
         lambda checkpoint: checkpoint.pop("config"),
         lambda checkpoint: checkpoint.pop("network"),
         lambda checkpoint: checkpoint.pop("device"),
@@ -366,7 +370,8 @@ def test_a_checkpoint_that_is_further_than_asked_for(lesson, copied):
         lambda checkpoint: checkpoint.update(generator=torch.zeros(3)),
         lambda checkpoint: checkpoint.pop("log"),
     ],
-    ids="width weights field config network device optimizer mean steps momentum shape generator log".split(),
+    ids="width weights field missing none words lesson config network device optimizer mean steps momentum shape "
+    "generator log".split(),
 )
 @pytest.mark.lessons(*TWO_LESSONS)
 def test_a_checkpoint_whose_parts_do_not_fit(lesson, copied, damage):
@@ -378,6 +383,21 @@ def check_damaged(lesson, folder, damage, expected):
     damage(checkpoint)
     torch.save(checkpoint, folder / "checkpoint.pt")
     check_resume(lesson.name, folder, expected)
+
+
+@pytest.mark.parametrize("damage, expected", [
+    (lambda checkpoint: checkpoint["config"].pop("T"), "is of another version of .*: (its configuration has )?no T$"),
+    (lambda checkpoint: checkpoint.update(config=None), "is of another version of "),
+    (lambda checkpoint: checkpoint.update(ema=3, network=3), "is of another version of |do not fit this network"),
+    (lambda checkpoint: checkpoint.update(lesson=3), "is not a checkpoint of these lessons"),
+])  # fmt: skip
+@pytest.mark.lessons(*TWO_LESSONS)
+def test_sample_with_a_checkpoint_whose_parts_do_not_fit(lesson, copied, damage, expected):
+    checkpoint = read_checkpoint(copied)
+    damage(checkpoint)
+    torch.save(checkpoint, copied / "checkpoint.pt")
+    flags = "--num", 1, "--output", copied / "x.png", "--checkpoint", copied / "checkpoint.pt"
+    assert re.search(expected, explanation(run_here(lesson.name, *flags, name="sample")))
 
 
 @pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_07_score_sde")

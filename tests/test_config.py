@@ -199,13 +199,19 @@ def test_a_folder_named_in_an_edited_config(tmp_path, images):
         assert config.images == str(Path.home() / "mine")
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", "{", "3", None])
+@pytest.mark.parametrize("content", ["", "[1, 2]", "[[1, 2]]", "{", "3", None])
 def test_a_config_that_cannot_be_read(tmp_path, content):
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
     with pytest.raises(LessonError, match="^--config .*config.json"):
         parse_config(Config, PRESETS, ["--config", str(path)])
+
+
+def test_an_output_without_a_name():
+    """It would be the lesson's own folder."""
+    with pytest.raises(LessonError, match="^--output: name a folder$"):
+        Config(output="").check()
 
 
 def test_a_config_of_another_lesson(tmp_path):
