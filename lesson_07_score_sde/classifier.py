@@ -68,7 +68,7 @@ def guided_score(
         with torch.enable_grad():
             noisy = x.detach().requires_grad_()
             chosen = torch.as_tensor(digit, device=x.device).expand(len(x))[:, None]
-            log_p = classifier(noisy, sigma).gather(1, chosen).sum()
+            log_p = classifier(noisy, sigma).gather(1, chosen).sum() + 0 * noisy.sum()  # even if it does not look at x
             (gradient,) = torch.autograd.grad(log_p, noisy)
         return score(x, sigma) + guidance * gradient
 

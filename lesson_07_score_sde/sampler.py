@@ -15,7 +15,7 @@ from common.noise import Noise, noise_like
 from common.ode import runge_kutta_4
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (x, sigma (B,)) -> the score of VE, shaped like x
-PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama")
+PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "ode")
 
 
 def score_at(score: Score, x: Tensor, sigma: Tensor, m: float | Tensor = 1.0) -> Tensor:
@@ -59,12 +59,16 @@ def predict(predictor: str, score: Score, x: Tensor, sigmas: Tensor, ms: Tensor,
     Forwards, one step is x <- a x + b z, with a = m_0 / m_1, and b^2 the variance that then is missing.
     reverse_diffusion: the same step backwards (App. E). ancestral: the mean of x one step earlier, with the
     noise that is right for one point (App. F; for VP, DDPM's small variance, where Eq. 4 has beta_i). euler_maruyama: a
-    plain step of the reverse SDE (Eq. 6), in ln m and ln sigma.
+    plain step of the reverse SDE (Eq. 6), in ln m and ln sigma. ode: reverse diffusion with half of the score and no
+    noise, the paper's "probability flow" (App. D.3).
     """
     (sigma, sigma_next), (m, m_next) = sigmas, ms
-    s, z = score_at(score, x, sigma, m), noise_like(x, generator)
+    s = score_at(score, x, sigma, m)
     a = m / m_next
     b = m * (sigma**2 - sigma_next**2).sqrt()  # = sqrt(std_0^2 - a^2 std_1^2)
+    if predictor == "ode":
+        return (2 - a) * x + b**2 / 2 * s
+    z = noise_like(x, generator)
     if predictor == "reverse_diffusion":
         return (2 - a) * x + b**2 * s + b * z
     if predictor == "ancestral":
@@ -90,7 +94,8 @@ def probability_flow(score: Score, x: Tensor, sigmas: Tensor, method: str = "heu
     """The ODE dx = -sigma s d sigma (Eq. 13 for VE, with sigma as the time): no fresh noise. Yields x at sigmas[1:].
 
     x (B, C, H, W) has noise of sigmas[0]; sigmas (N,) descending. "euler" goes along the slope at the start of a step,
-    N - 1 network calls, and is DDIM's step; "heun" along the mean of the slopes at both ends, twice as many.
+    N - 1 network calls, and is DDIM's step; "heun" along the mean of the slopes at both ends, twice as many. To a last
+    scale of 0, where no score is, Heun's step is Euler's.
     """
     if method not in ("euler", "heun"):
         raise ValueError(f'method is "euler" or "heun", not {method!r}')
@@ -99,7 +104,7 @@ def probability_flow(score: Score, x: Tensor, sigmas: Tensor, method: str = "heu
         there = x + (following - sigma) * slope
         if method == "heun":
             slope = (slope - following * score_at(score, there, following)) / 2
-            there = x + (following - sigma) * slope
+            there = torch.where(following > 0, x + (following - sigma) * slope, there)
         x = there
         yield x
 

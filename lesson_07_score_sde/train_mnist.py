@@ -51,7 +51,7 @@ class Config(RunConfig):
     sigma_L: Annotated[float, 1e-6, 1] = 0.01  # paper, App. C: the smallest of the samplers, which the eye does not see
     N: Annotated[int, 2, 10**6] = 96  # ours: noise scales of the samplers, as in lesson 4; paper, App. C: 1000
     sde: Literal["ve", "vp", "sub_vp"] = "ve"  # paper, Sec. 3.4: the one that samplers follow; the training is the same
-    predictor: Literal["reverse_diffusion", "ancestral", "euler_maruyama"] = "reverse_diffusion"  # paper, Sec. 4.1
+    predictor: Literal["reverse_diffusion", "ancestral", "euler_maruyama", "ode"] = "reverse_diffusion"  # paper, Sec. 4
     corrector: bool = True  # paper, Sec. 4.2: a step of Langevin dynamics after each of the predictor
     r: Annotated[float, 1e-3, 10] = 0.16  # paper, App. G: the corrector's "signal-to-noise ratio"
     ema_decay: Annotated[float, 0, 1] = 0.995  # ours: a shorter memory for a shorter run; NCSNv2, Technique 5: 0.999

@@ -258,6 +258,8 @@ class Chain:
             regression = a * std_next**2 / std**2
             A = regression + (m_next - regression * m) * clean_slope
             self.move((m_next - A * m) * self.mu, A, std_next**2 - regression * a * std_next**2)
+        elif predictor == "ode":  # x - (a - 1) x + missing s / 2, and nothing fresh
+            self.move(missing / (2 * v) * m * self.mu, 2 - a - missing / (2 * v), 0.0)
         else:  # f dt with the mean of m'/m over the step, g^2 dt with the relative change of std / m
             fade = math.log(m / m_next)
             g_squared = 2 * std**2 * math.log(std / m * m_next / std_next)
@@ -291,7 +293,7 @@ def test_mean_and_variance_of_every_sampler(monkeypatch, sde, predictor, correct
             chain.correct(n, r)
         assert float(x.mean()) == pytest.approx(chain.mean, rel=1e-9, abs=1e-12)
         assert float(x.var(unbiased=False)) == pytest.approx(chain.variance, rel=1e-9)
-    assert n == N - 1 and noise.k == 2 + (N - 1) * (1 + corrector_steps)
+    assert n == N - 1 and noise.k == 2 + (N - 1) * ((predictor != "ode") + corrector_steps)
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
@@ -321,7 +323,7 @@ def test_euler_maruyama_of_ve_is_the_plain_step_in_t(monkeypatch):
 @every_sde
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_a_small_step_is_one_of_the_reverse_sde(monkeypatch, sde, predictor):
-    """To first order dx = (f - g^2 s) dt + g dw, backwards: what is linear in dt, and in its root, separately."""
+    """To first order dx = (f - g^2 s) dt + g dw backwards, or (f - g^2 s / 2) dt: in dt, and in its root."""
     dt = 1e-6
     x, score = normal(1, 1, 3, 3), gaussian_score(0.5, 0.3)
     for time in (0.1, 0.4, 0.7):
@@ -329,12 +331,13 @@ def test_a_small_step_is_one_of_the_reverse_sde(monkeypatch, sde, predictor):
         sigmas, ms = sde.noise_scale(t), sde.mean_factor(t)
         noise_from(monkeypatch, lambda x, generator: torch.zeros_like(x))
         change = (predict(predictor, score, x, sigmas, ms) - x) / dt
-        now = t[:1]
-        reverse = sde.drift(x, now) - sde.diffusion(now) ** 2 * sde.score(score)(x, now)
+        now, share = t[:1], 0.5 if predictor == "ode" else 1  # the ODE: half of the score, no noise
+        reverse = sde.drift(x, now) - share * sde.diffusion(now) ** 2 * sde.score(score)(x, now)
         torch.testing.assert_close(change, -reverse, rtol=1e-3, atol=1e-4)
         noise_from(monkeypatch, lambda x, generator: torch.ones_like(x))
         fresh = predict(predictor, lambda x, sigma: torch.zeros_like(x), torch.zeros_like(x), sigmas, ms)
-        torch.testing.assert_close(fresh / dt**0.5, sde.diffusion(now).expand_as(x), rtol=1e-4, atol=0)
+        expected = (predictor != "ode") * sde.diffusion(now).expand_as(x)
+        torch.testing.assert_close(fresh / dt**0.5, expected, rtol=1e-4, atol=0)
 
 
 @every_sde
@@ -349,7 +352,7 @@ def test_with_more_steps_the_variance_comes_to_that_of_the_data(monkeypatch, sde
         x = last(predictor_corrector(gaussian_score(0, s), start, sigmas, predictor, 0, mean_factors=ms))
         ratio = float((x / ms[-1]).square().mean()) / (s**2 + SIGMA_MIN**2)
         errors.append(ratio - 1)
-    assert abs(errors[-1]) < 0.04 and errors[0] / errors[1] > 1.75 and errors[1] / errors[2] > 1.85
+    assert abs(errors[-1]) < 0.06 and errors[0] / errors[1] > 1.75 and errors[1] / errors[2] > 1.85
     if predictor != "euler_maruyama":
         assert (errors[-1] < 0) == (predictor == "ancestral")  # it puts in too little noise, the other one too much
 
@@ -406,6 +409,7 @@ def test_what_noise_is_left_around_one_point(monkeypatch):
     """Ancestral, Euler and Heun leave exactly sigma. Reverse diffusion leaves gamma sigma in the end, and before that
 
     a ratio q with q' = q / gamma^4 + gamma^2 - 1 when the noise's variance is q sigma^2: q - gamma^2 falls by gamma^2.
+    The predictor "ode" multiplies noise by (1 + 1 / gamma^2) / 2, not by 1 / gamma: by cosh(ln gamma) more each time.
     """
     L = 60
     sigmas = geometric(SIGMA_MAX, SIGMA_MIN, L)
@@ -422,6 +426,8 @@ def test_what_noise_is_left_around_one_point(monkeypatch):
     torch.testing.assert_close(left(lambda x: probability_flow(point, x, sigmas, "euler")), exact)
     torch.testing.assert_close(left(lambda x: probability_flow(point, x, sigmas, "heun")), exact)
     n = torch.arange(1, L, dtype=torch.float64)
+    ode = left(lambda x: predictor_corrector(point, x, sigmas, "ode", 0))
+    torch.testing.assert_close(ode, math.cosh(math.log(gamma)) ** n, **almost)
     q = gamma**2 + (1 - gamma**2) * gamma ** (-2 * n)
     reverse = left(lambda x: predictor_corrector(point, x, sigmas, "reverse_diffusion", 0))
     torch.testing.assert_close(reverse, q.sqrt(), **almost)
@@ -546,10 +552,20 @@ def test_the_ode_asks_once_or_twice_for_each_step():
         assert ends == pytest.approx((0.1, 3.0) if way is encode else (3.0, 0.1))
 
 
+def test_the_last_step_to_no_noise_at_all_is_eulers():
+    """The score of one point, -(x - p) / sigma^2: from any noise scale, Euler's step to 0 comes to the point."""
+    point, sigmas = normal(1, 1, 3, 3), numbers(2, 1, 0.5, 0)
+    score = lambda x, sigma: -(x - point) / images_of(sigma) ** 2
+    *_, before, x = probability_flow(score, point + 2 * normal(2, 1, 3, 3), sigmas)
+    torch.testing.assert_close(x, point.expand_as(x), rtol=0, atol=1e-12)
+    assert (before - point).abs().max() > 0.1
+
+
 def test_unknown_names():
     x, sigmas = normal(1, 1, 2, 2), geometric(3, 0.1, 4)
     with pytest.raises(
-        ValueError, match="predictor is one of reverse_diffusion, ancestral, euler_maruyama, not 'ddim'"
+        ValueError,
+        match="predictor is one of reverse_diffusion, ancestral, euler_maruyama, ode, not 'ddim'",
     ):
         next(predictor_corrector(curved, x, sigmas, "ddim"))
     with pytest.raises(ValueError, match='method is "euler" or "heun", not \'rk45\''):
@@ -707,6 +723,16 @@ def test_both_terms_of_the_likelihood_of_a_gaussian():
     torch.testing.assert_close(total, prior + divergence, rtol=0, atol=1e-9)  # for every probe the same
     exact = torch.distributions.Normal(mu, math.sqrt(v_0)).log_prob(x).sum(dim=(1, 2, 3))
     assert (total - exact).abs().max() < 0.05 * D  # the rest is that the latent is not quite N(0, sigma_max^2)
+
+
+@pytest.mark.parametrize("c", [0.0, 2.0])
+def test_the_likelihood_by_a_score_that_does_not_look_at_the_image(c):
+    """Along dx = -sigma c dsigma all images move alike, by c (sigma_min^2 - sigma_max^2) / 2, and nothing spreads."""
+    x = normal(2, 1, 3, 3)
+    log_p = log_likelihood(lambda x, sigma: torch.full_like(x, c), x, SIGMA_MIN, SIGMA_MAX, 400)
+    latent = x + c * (SIGMA_MIN**2 - SIGMA_MAX**2) / 2
+    expected = torch.distributions.Normal(0.0, SIGMA_MAX).log_prob(latent).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(log_p, expected, rtol=1e-6, atol=0)
 
 
 def test_signs_are_an_exact_probe_of_isotropic_data():
@@ -896,6 +922,12 @@ def test_with_an_exact_classifier_the_guided_score_is_that_of_the_class(digit):
         more = guided_score(mixture_score, posteriors, digit, 2.5)(x, SIGMAS)
     torch.testing.assert_close(more, base + 2.5 * (of_class - base), **almost)
     assert not x.requires_grad and not more.requires_grad
+
+
+def test_a_classifier_that_does_not_look_at_the_image_changes_nothing():
+    x, sigma = images_of(numbers(0.5)), numbers(2)
+    even = lambda x, sigma: torch.full((len(x), 10), -math.log(10), dtype=x.dtype)
+    assert torch.equal(guided_score(mixture_score, even, 1)(x, sigma), mixture_score(x, sigma))
 
 
 def test_a_classifier_of_clean_images_is_wrong_by_far():
