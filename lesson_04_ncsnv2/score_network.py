@@ -137,7 +137,7 @@ class ScoreNetwork(nn.Module):
         act, W, W2 = ACTIVATIONS[activation], width, 2 * width
         block = partial(ResidualBlock, act=act)
         refine = partial(RefineBlock, act=act, blocks=blocks)
-        self.register_buffer("sigmas", sigmas.clone())
+        self.register_buffer("sigmas", sigmas.to(torch.float32, copy=True))
         self.patch, self.act, self.skip = patch, act, skip
         self.first = conv3x3(channels * patch**2, W)
         self.stages = nn.ModuleList(  # feature maps of a 28-pixel image, patch 1:

@@ -19,7 +19,7 @@ E = 32  # numbers that embed log sigma
 
 def log_sigma_embedding(sigma: Tensor) -> Tensor:
     """Sines and cosines (B, E) of log sigma times 1/4, ..., 16/4; sigma (B,) > 0 (ours; the paper's are random)."""
-    angles = sigma.log()[:, None] * torch.arange(1, E // 2 + 1, device=sigma.device) / 4  # (B, E / 2)
+    angles = sigma.float().log()[:, None] * torch.arange(1, E // 2 + 1, device=sigma.device) / 4  # (B, E / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -177,7 +177,7 @@ class ScoreNetwork(nn.Module):
         """x (B, C, H, W) noisy images, sigma (B,) their noise scales; returns the score (B, C, H, W), float32."""
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"the network takes images of even height and width, not {tuple(x.shape[2:])}")
-        scale = sigma[:, None, None, None]
+        scale = sigma.to(x)[:, None, None, None]
         e = log_sigma_embedding(sigma) if self.conditional else None  # (B, E)
         magnified = (x / scale).clamp(-4, 4) / 4  # black pixels have their noise at full size, however weak it is
         if self.skip:

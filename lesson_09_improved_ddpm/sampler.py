@@ -86,7 +86,7 @@ def ddim_step(x: Tensor, x_0: Tensor, abar: Tensor, before: Tensor, eta: float, 
     eps = (x - abar.sqrt() * x_0) / (1 - abar).sqrt()  # what is not image is noise; the clip may have changed it
     sigma = eta * ((1 - before) / (1 - abar) * (1 - abar / before)).sqrt()
     x = before.sqrt() * x_0 + (1 - before - sigma**2).clamp(min=0).sqrt() * eps
-    return x + sigma * noise_like(x, generator) if sigma > 0 else x
+    return x + sigma * noise_like(x, generator) if eta > 0 else x
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class LossAwareTimesteps(UniformTimesteps):
         """p (T,) float64; they sum to 1."""
         if self.count.min() < self.losses.shape[1]:
             return torch.full((self.T,), 1 / self.T, dtype=torch.float64)
-        p = self.losses.square().mean(1).sqrt()
+        p = self.losses.square().mean(1).sqrt().clamp(min=1e-30)  # all may be 0
         return 0.999 * p / p.sum() + 0.001 / self.T
 
     def draw(self, B: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

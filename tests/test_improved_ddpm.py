@@ -406,6 +406,12 @@ def test_uniform_until_every_t_has_ten_losses():
     torch.testing.assert_close(sampler.probabilities().float(), 0.999 * p + 0.001 / 4)
 
 
+def test_losses_of_zero_are_all_alike():
+    t, weights = after_ten(torch.zeros(4)).draw(8, torch.Generator().manual_seed(0))
+    assert t.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    torch.testing.assert_close(weights, torch.ones(8))
+
+
 def test_only_the_last_ten_losses_count():
     sampler = after_ten(torch.ones(3))
     for _ in range(10):

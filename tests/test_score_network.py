@@ -87,6 +87,21 @@ def test_any_even_size_any_channels_any_width(lesson, half, B, channels, width, 
     assert score.isfinite().all()
 
 
+def test_a_table_of_float64_gives_the_same_float32_score(lesson):
+    x, i = noisy_images()
+    one, other = (network(lesson, sigmas=table)(x, i) for table in (SIGMAS, SIGMAS.double()))
+    assert other.dtype == torch.float32 and torch.equal(one, other)
+
+
+@pytest.mark.lessons("lesson_07_score_sde")
+def test_a_noise_scale_of_float64_gives_the_same_float32_score(lesson):
+    x, i = noisy_images()
+    torch.manual_seed(0)
+    model = lesson.score_network.ScoreNetwork(width=8, skip=True)
+    one, other = (model(x, sigma) for sigma in (SIGMAS[i], SIGMAS[i].double()))
+    assert other.dtype == torch.float32 and torch.equal(one, other)
+
+
 def test_patch_2_is_a_network_on_blocks_of_pixels(lesson):
     model = network(lesson, channels=3, patch=2)
     on_blocks = network(lesson, seed=1, channels=12, patch=1)
