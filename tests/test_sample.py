@@ -138,6 +138,18 @@ def test_info(lesson):
         assert re.search(rf"{name} +{getattr(config, name)}\n", text)
 
 
+@pytest.mark.lessons(*DIFFUSION)
+def test_a_network_that_is_sampled_with_has_no_dropout(lesson, tmp_path):
+    checkpoint = torch.load(ROOT / lesson.name / "pretrained.pt", weights_only=True)
+    checkpoint["config"]["dropout"] = 0.5
+    save_checkpoint(tmp_path / "c.pt", checkpoint.pop("lesson"), **checkpoint)
+    network, config, _ = load_network(script(lesson.name, "sample"), tmp_path / "c.pt", torch.device("cpu"))
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 500])
+    with torch.no_grad():
+        a, b = (torch.stack(tuple(network(x, t))) for _ in range(2))  # noise alone, or noise and variance
+    assert config.dropout == 0.5 and torch.equal(a, b)
+
+
 @pytest.mark.lessons("lesson_05_ddpm")  # one is enough: it is common/ that prints
 def test_info_may_be_read_in_part(lesson):
     """`python sample.py --info | head -1`: the reader is gone before Python has given away what was printed."""
@@ -189,12 +201,18 @@ def test_gif_and_strip(lesson, tmp_path):
     num, columns = (64, 8) if lesson.name == "lesson_04_ncsnv2" else (16, 4)
     flags = ("--num", num, "--gif", tmp_path / "a.gif", "--strip", tmp_path / "s.png", "--output", tmp_path / "a.png")
     done(sample(lesson.name, *flags))
-    with Image.open(tmp_path / "a.gif") as gif:
+    with Image.open(tmp_path / "a.gif") as gif, Image.open(tmp_path / "a.png") as drawn:
         assert gif.n_frames == FEW[lesson.name] and gif.info["loop"] == 0
+        assert gif.size == drawn.size
+        gif.seek(gif.n_frames - 1)
+        assert difference(np.asarray(gif.convert("L")), np.asarray(drawn)) <= 9  # of 16 grays, which are 17 apart
     assert (tmp_path / "a.gif").stat().st_size < 2_000_000
     strip, grid = tiles(tmp_path / "s.png", 8), tiles(tmp_path / "a.png", columns)
     samples = grid.reshape(num, 28, 28)
     assert len(strip) == 8 and np.array_equal(strip[:, -1], samples[:8])  # the last moment is the sample
+
+
+OUTPUTS = {"lesson_09_improved_ddpm": 2}  # of a network, where it is more than one
 
 
 class Counting:
@@ -216,7 +234,7 @@ class Counting:
 def counted(lesson, sampler, calls=None, **config):
     """The score after one use of the lesson's `draw`, and the frames."""
     module, (network, trained, _) = script(lesson.name, "sample"), shipped(lesson)
-    outputs = 2 if lesson.name == "lesson_09_improved_ddpm" else 1
+    outputs = OUTPUTS.get(lesson.name, 1)
     score = Counting(getattr(network, "sigmas", None), outputs, getattr(network, "sigma_max", None))
     trained = SimpleNamespace(**{**vars(trained), **config})
     calls = calls or module.number_of_calls(network, trained, sampler)
@@ -343,6 +361,61 @@ def test_fewer_langevin_steps_are_as_much_longer():
     assert step_size(sigmas, 10, 100, 3e-4) == 3e-4  # a step that was asked for is not shortened
 
 
+@pytest.fixture
+def step_sizes(lesson, monkeypatch):
+    """A function: how many steps at each of some noise scales -> the epsilon of samples, and that of completions."""
+    module, (_, config, _), seen = script(lesson.name, "sample"), shipped(lesson), []
+
+    def walk(score, x, sigmas, T, epsilon, generator):
+        seen.append((T, epsilon))
+        return iter([x])
+
+    monkeypatch.setattr(module, "annealed_langevin_dynamics", walk)
+    monkeypatch.setattr(module, "inpaint", lambda score, y, known, *how: walk(score, *how))
+
+    def of(sigmas, steps, **changed):
+        seen.clear()
+        score, noise, y = Counting(sigmas), SeededNoise([1, 2]), torch.rand(2, 1, 4, 4)
+        how = SimpleNamespace(**{**vars(config), **changed})
+        calls = steps * len(sigmas) + (lesson.name == "lesson_04_ncsnv2")
+        list(module.draw(score, how, y.shape, noise, "langevin", calls))
+        module.fill_in(score, how, y, torch.ones(1, 1, 4, 4), noise, calls)
+        assert [T for T, _ in seen] == [steps, steps]
+        return [epsilon for _, epsilon in seen]
+
+    return of
+
+
+@pytest.mark.lessons("lesson_03_ncsn")
+def test_samples_and_completions_have_the_steps_of_the_training_or_longer_ones_if_fewer(step_sizes):
+    """T = 50 of 1e-4: 25 are twice as long, 100 no shorter, and one is as long as sigma_L^2."""
+    sigmas = geometric_noise_scales(1, 0.05, 4)
+    for T, epsilon in ((100, 1e-4), (50, 1e-4), (25, 2e-4), (5, 1e-3), (1, 0.05**2)):
+        assert step_sizes(sigmas, T, T=50, epsilon=1e-4) == pytest.approx([epsilon, epsilon], rel=1e-5)
+
+
+@pytest.mark.lessons("lesson_04_ncsnv2")
+def test_samples_and_completions_have_the_step_that_leaves_the_least_noise_for_their_number_of_calls(step_sizes):
+    """From T = 4 on at a single noise scale (Technique 4), and below after all of them, whatever T the training has."""
+    sigmas = geometric_noise_scales(16.9, 0.01, 96)
+    gamma = float(sigmas[0] / sigmas[1])
+
+    def left_at_one_scale(r, T):
+        variance = gamma**2
+        for _ in range(T):
+            variance = (1 - r) ** 2 * variance + 2 * r
+        return variance
+
+    def left_after_all(r, T):
+        return float(noise_after_langevin(sigmas, T, torch.tensor(r * 0.01**2)))
+
+    for T in (1, 2, 4, 12):
+        left = left_at_one_scale if T >= 4 else left_after_all
+        for epsilon in step_sizes(sigmas, T, T=5):
+            r = epsilon / 0.01**2
+            assert left(r, T) < min(left(0.9 * r, T), left(1.1 * r, T))
+
+
 def test_the_default_number_of_calls(tmp_path):
     """Of lesson 3: 15 steps at each of 10 noise scales. Of lesson 4: one at each of 96, and one to denoise.
 
@@ -385,6 +458,22 @@ def test_inpainting_keeps_the_known_pixels(lesson, tmp_path, mask="right"):
             assert np.array_equal(picture[known], original[known])
         assert (masked[~known] == 128).all()
         assert not np.array_equal(completions[0][~known], completions[1][~known])
+
+
+@pytest.mark.parametrize(
+    "mask, rows, columns",
+    [
+        ("left", (0, 8), (0, 6)),
+        ("right", (0, 8), (6, 12)),
+        ("top", (0, 4), (0, 12)),
+        ("bottom", (4, 8), (0, 12)),
+        ("center", (2, 6), (3, 9)),
+    ],
+)
+def test_where_each_mask_has_its_hole(mask, rows, columns):
+    expected = torch.ones(1, 1, 8, 12)
+    expected[:, :, slice(*rows), slice(*columns)] = 0
+    assert torch.equal(read_mask(mask, 8, 12), expected)
 
 
 def test_inpainting_with_a_mask_of_ones_own(tmp_path):
@@ -517,7 +606,7 @@ def test_algorithm_2_draws_the_unknown_given_the_known(lesson):
     assert second.var() == pytest.approx(1.09 - 0.8 * slope + slope**2 * 0.09, rel=0.1)
 
 
-# What only lesson 5 has: the paper's pictures, and choices of the sampler
+# What only lessons 5 and 9 have: DDPM's pictures, and choices of the sampler
 
 
 def pixels_of(path):
@@ -530,11 +619,12 @@ def difference(a, b):
     return int(np.abs(a.astype(int) - b).max())
 
 
-def test_progress_ends_with_the_samples(tmp_path):
+@pytest.mark.lessons(*DIFFUSION)
+def test_progress_ends_with_the_samples(lesson, tmp_path):
     """Ten of twelve guesses of the clean image; the last one is the sample, and they come ever nearer to it."""
     flags = ("--calls", 12, "--num", 3, "--output", tmp_path / "p.png", "--save-tensor")
-    done(sample("lesson_05_ddpm", "--progress", *flags, tmp_path / "p"))
-    done(sample("lesson_05_ddpm", "--sampler", "ancestral", "--variance", "small", *flags, tmp_path / "a"))
+    done(sample(lesson.name, "--progress", *flags, tmp_path / "p"))
+    done(sample(lesson.name, "--sampler", "ancestral", "--variance", "small", *flags, tmp_path / "a"))
     guesses, samples = pixels_of(tmp_path / "p").reshape(3, 10, 28, 28), pixels_of(tmp_path / "a")
     assert difference(guesses[:, -1], samples) <= 1
     away = np.square(guesses.astype(float) - samples[:, None]).mean((0, 2, 3))
@@ -546,17 +636,19 @@ def test_progress_has_a_row_for_each_sample(tmp_path):
     assert tiles(tmp_path / "p.png", 10).shape == (8, 10, 28, 28)
 
 
-def test_samples_that_share_a_latent_are_the_more_alike_the_later_they_part(tmp_path):
+@pytest.mark.lessons(*DIFFUSION)
+def test_samples_that_share_a_latent_are_the_more_alike_the_later_they_part(lesson, tmp_path):
     """Figure 7: a row for each t, with x_t itself, as it is on the way to a sample, and eight samples from it."""
     path = tmp_path / "s"
-    done(sample("lesson_05_ddpm", "--share-latent", "--calls", 12, "--seed", 3, "--save-tensor", path,
+    done(sample(lesson.name, "--share-latent", "--calls", 12, "--seed", 3, "--save-tensor", path,
                 "--output", tmp_path / "s.png"))  # fmt: skip
     rows = torch.load(path, weights_only=True).view(4, 9, 28, 28)
     assert np.array_equal(tiles(tmp_path / "s.png", 9).reshape(-1, 28, 28), pixels_of(path))
     spread = rows[:, 1:].std(dim=1).square().mean((1, 2)).sqrt()
     assert (spread.diff() < 0).all() and spread[3] < 0.6 * spread[0] and spread[3] > 0
     noise = SeededNoise([3])
-    module, (network, config, _) = script("lesson_05_ddpm", "sample"), shipped(SimpleNamespace(name="lesson_05_ddpm"))
+    module, (network, config, _) = script(lesson.name, "sample"), shipped(lesson)
+    config.variance = "small"
     torch.testing.assert_close(rows[0, 0], (SeededNoise([3]).like(torch.empty(1, 1, 28, 28))[0, 0] + 1) / 2)
     on_the_way = list(module.draw(network, config, (1, 1, 28, 28), noise, "ancestral", 12))
     for row, steps in zip(rows[1:], (3, 6, 9), strict=True):  # of 12
@@ -582,12 +674,13 @@ def test_interpolate_images_goes_from_one_test_digit_to_another(tmp_path):
             assert np.abs(picture - near).mean() < np.abs(picture - far).mean()
 
 
-def test_both_images_of_an_interpolation_get_the_same_noise_of_half_of_the_steps():
+@pytest.mark.lessons(*DIFFUSION)
+def test_both_images_of_an_interpolation_get_the_same_noise_of_half_of_the_steps(lesson):
     """As the network is first asked: mixtures, of which each is one more seventh of the way, at t = T/2."""
-    module, (_, config, _) = script("lesson_05_ddpm", "sample"), shipped(SimpleNamespace(name="lesson_05_ddpm"))
-    x, network = torch.rand(2, 2, 1, 28, 28), Counting()
+    module, (_, config, _), outputs = script(lesson.name, "sample"), shipped(lesson), OUTPUTS.get(lesson.name, 1)
+    x, network = torch.rand(2, 2, 1, 28, 28), Counting(outputs=outputs)
     images, columns = module.interpolate_images(network, config, 2, 3, 1000, x)
-    abar = (1 - torch.linspace(config.beta_1, config.beta_T, config.T)).cumprod(0)[499]  # t = 500
+    abar = 1 / (1 + (2 * scales_in_pictures(lesson)[500]) ** 2)  # t = 500 of 1000, from the noisiest on
     share = (torch.arange(8) / 7)[None, :, None, None, None]
     mixed = 2 * ((1 - share) * x[:, :1] + share * x[:, 1:]) - 1
     z = (network.first.view(2, 8, 1, 28, 28) - abar.sqrt() * mixed) / (1 - abar).sqrt()
@@ -596,9 +689,54 @@ def test_both_images_of_an_interpolation_get_the_same_noise_of_half_of_the_steps
     assert network.levels == list(range(499, -1, -1)) and columns == 10
     assert torch.equal(images.view(2, 10, 1, 28, 28)[:, [0, -1]], x)
     for calls, levels in ((2, [499, 0]), (6, [499, 400, 200, 0])):  # whatever timesteps are kept
-        few = Counting()
+        few = Counting(outputs=outputs)
         module.interpolate_images(few, config, 2, 3, calls, x)
         assert few.levels == levels
+
+
+@pytest.mark.lessons(*DIFFUSION)
+def test_ddim_draws_no_noise_but_the_start(lesson):
+    """With noise of zero predicted and no clip, each step keeps the guess, x_T / sqrt(abar_T)."""
+    score, frames = counted(lesson, "ddim", 4, T=40, clip_x_0=False)
+    made = 2 * frames[-1] - 1
+    larger = made.std() / score.first.std()
+    torch.testing.assert_close(made, larger * score.first, rtol=1e-4, atol=1e-4 * float(larger))
+    assert larger > 1.2
+
+
+@pytest.mark.lessons(*DIFFUSION)
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_guess_is_clipped_as_the_configuration_says_in_every_picture(lesson, clip):
+    """With noise of zero predicted, x_0-hat is noise that is many times as large as the image."""
+    module, (_, config, _) = script(lesson.name, "sample"), shipped(lesson)
+    network, x, noise = Counting(outputs=OUTPUTS.get(lesson.name, 1)), torch.rand(3, 2, 1, 8, 8), SeededNoise([1, 2, 3])
+    config.clip_x_0 = clip
+    y, z = x[:, 0], noise.like(x[:, 0])
+    pictures = {name: make(network, config, 3, 1, 5, x) for name, make in module.PICTURES.items()}
+    pictures = {name: images.unflatten(0, (-1, columns)) for name, (images, columns) in pictures.items()}
+    made = [
+        module.fill_in(network, config, y, torch.zeros(1, 1, 8, 8), noise, 5),
+        module.noise_and_guess(network, config, y, z, 500)[1],
+        pictures["progress"][:, 0],
+        pictures["progress"][:, -1],
+        pictures["share_latent"][0, 1:],
+        pictures["share_latent"][3, 1:],
+        pictures["interpolate_images"][:, 1:-1].flatten(0, 1),
+    ]
+    for images in made:
+        assert ((images >= 0) & (images <= 1)).all() if clip else images.min() < -0.5 and images.max() > 1.5
+
+
+@pytest.mark.lessons("lesson_09_improved_ddpm")
+def test_no_guess_looks_at_the_variance(lesson):
+    module, (_, config, _) = script(lesson.name, "sample"), shipped(lesson)
+    x, z, made = torch.rand(2, 2, 1, 8, 8), torch.randn(2, 1, 8, 8), []
+    for v in (0.0, 1.0):
+        network = lambda x, t, v=v: (torch.zeros_like(x), torch.full_like(x, v))
+        images = [make(network, config, 2, 1, 5, x)[0] for make in module.PICTURES.values()]
+        images.append(module.fill_in(network, config, x[:, 0], torch.zeros(1, 1, 8, 8), SeededNoise([1, 2]), 5))
+        made.append(torch.cat([*images, module.noise_and_guess(network, config, x[:, 0], z, 500)[1]]))
+    assert torch.equal(*made)
 
 
 def test_a_guess_that_is_not_clipped_makes_another_picture(tmp_path):
@@ -667,13 +805,49 @@ def test_a_digit_that_is_asked_for_guides_every_step(monkeypatch):
         torch.testing.assert_close(guided - free, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_digit_that_is_asked_for_guides_inpainting(monkeypatch):
+    """As above, in the pixels that are filled in: a step of reverse diffusion, and one to denoise."""
+    lesson, module = SimpleNamespace(name="lesson_07_score_sde"), script("lesson_07_score_sde", "sample")
+    monkeypatch.setattr(module, "load_classifier", FirstPixels)
+    _, config, _ = shipped(lesson)
+    config.corrector, config.sigma_L, known, y = False, 0.5, torch.zeros(1, 1, 28, 28), torch.rand(2, 1, 28, 28)
+    known[..., 4:] = 1
+    for digit, guidance, added in ((3, None, 3.0**2), (3, 2.5, 2.5 * 3.0**2), (7, None, 0)):  # pixel 7 is known
+        free, guided = (
+            module.fill_in(Counting(sigma_max=torch.tensor(3.0)), SimpleNamespace(**{**vars(config), **more}),
+                           y, known, SeededNoise([1, 2]), 2)
+            for more in ({"digit": None, "guidance": None}, {"digit": digit, "guidance": guidance})
+        )  # fmt: skip
+        expected = torch.zeros(2, 1, 28, 28)
+        expected[:, :, 0, digit] = added
+        torch.testing.assert_close(guided - free, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_of_an_sde_that_fades_images_are_as_bright_as_those_of_one_that_does_not(monkeypatch):
+    """The sampler walks from m times the noise to m times the image, with the m of each noise scale."""
+    lesson, module = SimpleNamespace(name="lesson_07_score_sde"), script("lesson_07_score_sde", "sample")
+    image, seen = torch.rand(50, 1, 8, 8), []
+
+    def walk(score, x, sigmas, *how):
+        seen.append((float(x.std()), float(sigmas[0])))
+        return (image / (1 + sigma**2).sqrt() for sigma in sigmas[1:])  # for VP, m^2 (1 + sigma^2) = 1
+
+    monkeypatch.setattr(module, "predictor_corrector", walk)
+    _, frames = counted(lesson, "predictor_corrector", 7, sde="vp")
+    assert len(frames) == 4
+    for frame in frames:
+        torch.testing.assert_close(frame, image, rtol=1e-4, atol=1e-5)
+    ((spread, sigma),) = seen
+    assert spread == pytest.approx(sigma / (1 + sigma**2) ** 0.5, rel=0.05)
+
+
 def test_the_flag_of_a_digit_reaches_the_sampler(tmp_path, monkeypatch):
     module, seen = script("lesson_07_score_sde", "sample"), []
     monkeypatch.setattr(module, "load_classifier", FirstPixels)
     monkeypatch.setattr(module, "guided_score", lambda score, classifier, *how: seen.append(how) or score)
-    for flags in ((), ("--digit", 3), ("--digit", 0, "--guidance", 4)):
+    for flags in ((), ("--digit", 3), ("--digit", 0, "--guidance", 4), ("--digit", 5, "--inpaint", "left")):
         done(sample("lesson_07_score_sde", *flags, "--calls", 3, "--num", 1, "--output", tmp_path / "x.png"))
-    assert seen == [(3, 1.0), (0, 4.0)]
+    assert seen == [(3, 1.0), (0, 4.0), (5, 1.0)]
 
 
 def test_a_digit_of_pictures_that_the_classifier_does_not_know(tmp_path):
@@ -702,6 +876,63 @@ def test_a_classifier_that_cannot_be_used(tmp_path, monkeypatch):
         assert expected in line(sample("lesson_07_score_sde", *flags))
     shutil.copy(ROOT / "lesson_04_ncsnv2" / "pretrained.pt", path)
     assert "is a checkpoint of lesson_04_ncsnv2" in line(sample("lesson_07_score_sde", *flags))
+
+
+class Ones:
+    """A score of 1 everywhere."""
+
+    sigma_max = torch.tensor(30.0)
+
+    def __call__(self, x, sigma):
+        return torch.ones_like(x)
+
+
+@pytest.fixture
+def latents_are(monkeypatch):
+    """A function that makes given latents those of whatever is encoded, and a list of what the solvers are given."""
+    module, seen = script("lesson_07_score_sde", "sample"), []
+
+    def use(z):
+        monkeypatch.setattr(module, "encode", lambda score, *how: seen.append(how) or z)
+        monkeypatch.setattr(module, "decode", lambda score, *how: seen.append(how) or how[0])
+        return seen
+
+    return use
+
+
+LATENTS = SimpleNamespace(sigma_min=0.2, sigma_L=0.5)
+
+
+def test_images_are_encoded_dequantised_and_decoded_between_the_scales_of_the_training(latents_are):
+    """Both ways are between sigma_min and sigma_max, and the last step is to denoise: sigma_min^2 times the score."""
+    x = torch.randint(0, 256, (2, 2, 1, 28, 28)) / 255
+    z = torch.tensor([3, -1.5]).view(2, 1, 1, 1) * torch.ones(2, 1, 28, 28) * 30
+    seen = latents_are(z)
+    images, columns = script("lesson_07_score_sde", "sample").encoded(Ones(), LATENTS, 2, 5, None, x)
+    (given, *there), (latents, *back) = seen
+    assert there == back == [0.2, 30] and torch.equal(latents, z) and columns == 3
+    noise = torch.stack([torch.randn(1, 28, 28, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)])
+    part = (1 + torch.erf(noise / 2**0.5)) / 2  # where in its interval each gray level is
+    torch.testing.assert_close(given, (255 * x[:, 0] + part) / 256, rtol=0, atol=1e-6)
+    pixels, shown, back = images.view(2, 3, 1, 28, 28).unbind(1)
+    assert torch.equal(pixels, x[:, 0])
+    torch.testing.assert_close(shown[:, 0, 0, 0], torch.tensor([1, 0.25]))  # of six standard deviations
+    torch.testing.assert_close(back, z + 0.2**2)
+
+
+def test_latents_between_two_images_lie_on_an_arc(latents_are):
+    """At right angles with lengths 3 and 4, and at 60 degrees, where all have the same length."""
+    a, b = torch.eye(2).view(2, 1, 1, 2)
+    ends = torch.stack([3 * a, 4 * b, 2 * a, a + 3**0.5 * b])
+    seen, x = latents_are(ends), torch.rand(2, 2, 1, 1, 2)
+    module = script("lesson_07_score_sde", "sample")
+    images, columns = module.interpolate_images(Ones(), LATENTS, 2, 5, None, x)
+    right, sixty = torch.arange(8).view(8, 1, 1, 1) / 7 * math.pi / torch.tensor([2, 3]).view(2, 1, 1, 1, 1)
+    expected = torch.cat([3 * right.cos() * a + 4 * right.sin() * b, 2 * (sixty.cos() * a + sixty.sin() * b)])
+    torch.testing.assert_close(seen[1][0], expected, rtol=1e-4, atol=1e-5)
+    rows = images.view(2, 10, 1, 1, 2)
+    torch.testing.assert_close(rows[:, 1:-1].flatten(0, 1), expected + 0.2**2, rtol=1e-4, atol=1e-5)
+    assert torch.equal(rows[:, [0, -1]], x) and columns == 10
 
 
 def test_test_images_that_are_encoded_come_back(tmp_path):
