@@ -239,7 +239,7 @@ def prediction(table: Table, five: SimpleNamespace) -> None:
             table.add(each, config.steps, fid=fid(((x + 1) / 2).cpu()))
 
 
-EXPERIMENTS = {"calls": (calls, 1000), "bits": (bits, 1000), "histograms": (histograms, 10_000), "loss": (loss, 1000),
+EXPERIMENTS = {"calls": (calls, 1000), "bits": (bits, 500), "histograms": (histograms, 10_000), "loss": (loss, 1000),
                "prediction": (prediction, 500)}  # fmt: skip
 
 
