@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+import common.digit_metrics
 from common.data import load_images, load_labels
 from common.digit_classifier import WEIGHTS, DigitClassifier, load_classifier
 from common.digit_metrics import (
@@ -266,6 +267,15 @@ def test_report_unmasks_copies_and_its_floor_is_not_one(report):
     assert 3 < report["floor"]["nearest"] < 9 < report["ceiling"]["nearest"]
 
 
+def test_report_has_the_median_distance_to_the_nearest(train, test, monkeypatch):
+    """Of copies that are brighter in a corner, which is black in all digits: so far is each from the nearest."""
+    few = {"train": train[:50], "test": test[:50]}
+    monkeypatch.setattr(common.digit_metrics, "load_images", lambda name, split: few[split])
+    images = train[:5] / 255
+    images[:, 0, 0, 0] = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.9])
+    assert digit_report(images)["samples"]["nearest"] == pytest.approx(0.2)
+
+
 def test_report_is_the_same_every_time_and_leaves_the_random_state_alone(train, report):
     state = torch.get_rng_state()
     assert digit_report(train[:100] / 255) == report
@@ -280,7 +290,7 @@ def test_report_needs_a_sensible_number_of_images():
 
 def test_printed_table(report, capsys):
     print_report(report)
-    header, *rows = capsys.readouterr().out.splitlines()[:4]
+    header, *rows, classes = capsys.readouterr().out.splitlines()[:5]
     assert "digit FID" in header
     for row, key, name in zip(rows, ("samples", "floor", "ceiling"), ("samples", "real digits", "noise"), strict=True):
         assert row.startswith(name) and len(row) == len(header)
@@ -290,6 +300,8 @@ def test_printed_table(report, capsys):
             *(f"{report[key][column]:.3f}" for column in ("precision", "recall", "entropy")),
             f"{report[key]['nearest']:.2f}",
         ]
+    counts = report["samples"]["histogram"]
+    assert classes.startswith(f"classes 0 to 9 of the samples: {counts}; ") and counts != report["floor"]["histogram"]
 
 
 def test_training_and_sampling_never_see_the_judge(lesson, tmp_path):

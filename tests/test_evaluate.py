@@ -6,6 +6,7 @@ import itertools
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,30 @@ def test_calls_and_sampler(lesson, short, evaluate):
     assert result.status == 1 and "--sampler leapfrog: choose one of " in result.stderr
 
 
+def test_samples_are_made_in_the_precision_that_is_printed(evaluate, monkeypatch):
+    """Whatever the machine would choose."""
+    path, seen = ROOT / "lesson_03_ncsn" / "pretrained.pt", []
+
+    def sample_all(lesson, network, config, shape, seed, sampler, calls, precision):
+        seen.append((shape, seed, sampler, calls, precision))
+        return torch.zeros(shape), []
+
+    monkeypatch.setattr(common.evaluate, "sample_all", sample_all)
+    for chosen in ("float32", "bfloat16"):
+        monkeypatch.setattr(common.evaluate, "sampling_precision", lambda *how, chosen=chosen: chosen)
+        result, _ = evaluate(path, "--num", 4, "--calls", 20)
+        assert f"langevin, at most 20 network calls, {chosen}\n" in result.stdout
+        assert seen.pop() == ((4, 1, 28, 28), 1, "langevin", 20, chosen)
+
+
+def test_digits_in_color_are_judged(evaluate, tmp_path):
+    flags = ("--dataset", "color_mnist", "--steps", 1, "--output", tmp_path)
+    assert quick("lesson_03_ncsn", *flags).status == 0
+    result, given = evaluate(tmp_path / "checkpoint.pt", "--num", 4)
+    assert result.status == 0, result.stderr
+    assert [samples.shape for samples in given] == [(4, 3, 28, 28)]
+
+
 def test_a_tensor_of_samples(evaluate, tmp_path):
     torch.save(torch.linspace(-1, 2, 4 * 784).view(4, 1, 28, 28), tmp_path / "x.pt")
     result, (given,) = evaluate(tmp_path / "x.pt")
@@ -162,9 +187,18 @@ def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
     monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
     rounds = 2 if lesson.name == "lesson_03_ncsn" else 1
     monkeypatch.setattr(sys, "argv", ["bench", lesson.name, "--rounds", str(rounds), "--smoke"])
+    precisions, time_round = [], common.bench.time_round
+
+    def watched(name, preset, precision):
+        timed = time_round(name, preset, precision)
+        precisions.append((precision, timed.config.precision, timed.precision))
+        return timed
+
+    monkeypatch.setattr(common.bench, "time_round", watched)
     release, released = Claim.release, []
     monkeypatch.setattr(Claim, "release", lambda claim: released.append(claim) or release(claim))
     common.bench.main()
+    assert precisions == rounds * [("float32",) * 3, ("bfloat16",) * 3]
     assert len(released) == rounds * 2  # a run's folder is given back, in each round and precision
     out = capsys.readouterr().out
     first = 1 if lesson.name in DIFFUSION else module.PRESETS["smoke"].get("T", 2)  # calls; 2: predictor and corrector
@@ -172,6 +206,29 @@ def test_bench_times_the_lessons_own_loop(lesson, monkeypatch, capsys):
         assert re.search(rf"^smoke, {precision} +64\.0 +{16 * first}\.0$", out, re.MULTILINE), out
     assert len(steps) == rounds * 2 * 5 and out.startswith(f"{lesson.name}, ")
     assert re.search("^train_mnist.py chooses (float32|bfloat16)$", out, re.MULTILINE)
+
+
+def test_bench_has_a_row_for_each_network_and_precision(monkeypatch, capsys):
+    """The medians of three rounds, of which each adds another whole number to what tells the rows apart."""
+    rates = {(None, "float32"): 0.1, (None, "bfloat16"): 0.2, ("paper", "float32"): 0.3, ("paper", "bfloat16"): 0.4}
+    asked = []
+
+    def time_round(name, preset, precision):
+        asked.append((name, preset, precision))
+        rate = (9, 5, 1)[(len(asked) - 1) // 4] + rates[preset, precision]
+        return SimpleNamespace(training=rate, sampling=10 * rate)
+
+    monkeypatch.setattr(common.bench, "time_round", time_round)
+    monkeypatch.setattr(sys, "argv", ["bench", "lesson_05_ddpm"])
+    common.bench.main()
+    assert len(asked) == 12 and {name for name, *_ in asked} == {"lesson_05_ddpm"}
+    rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()[2:6]]
+    assert rows == [
+        ["lesson run, float32", "5.1", "51.0"],
+        ["lesson run, bfloat16", "5.2", "52.0"],
+        ["paper's network, float32", "5.3", "53.0"],
+        ["paper's network, bfloat16", "5.4", "54.0"],
+    ]
 
 
 def test_a_bench_of_no_rounds(monkeypatch):

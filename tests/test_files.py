@@ -43,6 +43,15 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_a_reader_that_has_opened_the_old_file_can_read_all_of_it(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("all of the old one")
+    with open(path) as reader:
+        with atomic_write(path) as temporary:
+            temporary.write_text("new")
+        assert reader.read() == "all of the old one" and path.read_text() == "new"
+
+
 @pytest.mark.parametrize("error", [KeyError("mine"), RuntimeError("cannot be written to"), KeyboardInterrupt()])
 def test_other_errors_pass_through_and_the_old_file_stays(tmp_path, error):
     path = tmp_path / "x.txt"

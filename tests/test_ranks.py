@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import subprocess
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,6 +17,14 @@ from tests.running import ENVIRONMENT, FEW_SCALES, ROOT, hashes, quick, read_che
 from tests.test_train import files_of_a_run, wait_until
 
 FLAGS = ("--smoke", "--device", "cpu", "--precision", "float32", "--optimizer", "adam", "--preview-every", 50)
+MORE = {  # a clip that shortens each gradient; and timesteps that depend on the losses, from the fourth step on
+    "lesson_05_ddpm": ("--clip", 0.01),
+    "lesson_09_improved_ddpm": ("--clip", 0.01, "--objective", "vlb", "--timesteps", "importance"),
+}
+
+
+def flags_of(lesson, pictures):
+    return *FLAGS, *FEW_SCALES[lesson.name], *MORE.get(lesson.name, ()), *pictures
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +70,7 @@ def kill(process):
 def two(lesson, pictures, tmp_path_factory):
     """(folder, standard output and errors) of four steps in two processes, in lesson 3 as the pages start them."""
     folder, printed = (tmp_path_factory.mktemp(f"{what} {lesson.name}") for what in ("run", "printed"))
-    flags = (*FLAGS, *FEW_SCALES[lesson.name], *pictures, "--steps", 4, "--output", folder)
+    flags = (*flags_of(lesson, pictures), "--steps", 4, "--output", folder)
     if lesson.name == "lesson_03_ncsn":
         started = [torchrun(lesson.name, *flags, folder=printed)]
     else:
@@ -78,6 +87,9 @@ def difference(a, b):
     for (step, losses), (other, theirs) in zip(a["log"]["recent"], b["log"]["recent"], strict=True):
         assert step == other
         torch.testing.assert_close(losses, theirs, rtol=1e-2, atol=0)  # of all images, in the same order
+    if "timesteps" in a:
+        assert torch.equal(a["timesteps"]["count"], b["timesteps"]["count"]) and a["timesteps"]["count"].min() >= 10
+        torch.testing.assert_close(a["timesteps"]["losses"], b["timesteps"]["losses"], rtol=1e-2, atol=0)
     names = [name for name in ("network", "ema") if name in a]
     weights = [torch.cat([w.flatten() for name in names for w in each[name].values()]) for each in (a, b)]
     return (weights[0] - weights[1]).abs()
@@ -96,7 +108,7 @@ def assert_same_run(a, b):
 
 def test_two_processes_make_the_run_of_one(lesson, two, pictures, tmp_path):
     """Up to the order of sums; the log has the losses of all images, in the order of one process."""
-    flags = (*FLAGS, *FEW_SCALES[lesson.name], *pictures)
+    flags = flags_of(lesson, pictures)
     assert run_here(lesson.name, *flags, "--steps", 4, "--output", tmp_path).status == 0
     assert_same_run(read_checkpoint(two[0]), read_checkpoint(tmp_path))
 
@@ -111,7 +123,7 @@ def test_only_the_first_process_prints_and_writes(lesson, two):
 
 
 def test_one_process_goes_on_with_the_run_of_two(lesson, two, pictures, tmp_path):
-    flags = (*FLAGS, *FEW_SCALES[lesson.name], *pictures)
+    flags = flags_of(lesson, pictures)
     assert run_here(lesson.name, *flags, "--steps", 6, "--output", tmp_path).status == 0
     resumed = run_here(lesson.name, "--resume", "--steps", 6, "--output", two[0])
     assert resumed.status == 0, resumed.stderr
@@ -234,7 +246,12 @@ def test_devices_of_several_processes(monkeypatch):
         ranks.join(torch.device("mps"))
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, timeout: chosen.append(backend))
+
+    def init(backend, timeout):
+        assert timeout > timedelta(hours=1)  # while rank 0 makes pictures, the others wait
+        chosen.append(backend)
+
+    monkeypatch.setattr(ranks.dist, "init_process_group", init)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for local, gpus, index, backend in ((1, 2, 1, "nccl"), (1, 1, 0, "gloo"), (0, 8, 0, "nccl")):
         monkeypatch.setenv("LOCAL_RANK", str(local))

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import re
+from contextlib import closing
 
 import pytest
+import torch
 
 import common.run
 from common.checkpoint import save_checkpoint
 from common.config import RunConfig, parse_config
 from common.errors import LessonError
 from common.run import Run, find_earlier_run, resume_run
-from tests.running import TWO_LESSONS, hashes, quick, read_checkpoint, run_here
+from tests.running import TWO_LESSONS, hashes, quick, read_checkpoint, run_here, script
 
 FILES = ["checkpoint.pt", "config.json", "metrics.csv", "loss.png", "trajectory.gif", "samples.png",
          "samples_before_denoising.png", "samples_step_000500.png", "samples_step_1000000.png"]  # fmt: skip
@@ -101,6 +103,23 @@ def test_resume_may_change_how_it_runs_but_not_what_it_learns(tmp_path):
         resume("--output", tmp_path, "--steps", 9)
 
 
+def test_a_resume_may_change_no_number_that_counts_in_what_is_learned(lesson, tmp_path):
+    """All but those that are named here: the loop's, the network's and the samplers'."""
+    free = {"steps", "minutes", "preview_every", "device", "precision", "images"}
+    config, refused = script(lesson.name).Config(output=str(tmp_path), decay="constant"), set()
+    parts = dict.fromkeys(("network", "device", "generator"))
+    save_checkpoint(tmp_path / "checkpoint.pt", lesson.name, config=dataclasses.asdict(config), step=10, **parts)
+    for name, value in dataclasses.asdict(config).items():
+        if name != "output":
+            other = value + "x" if isinstance(value, str) else value + 1
+            try:
+                found, _ = resume_run(dataclasses.replace(config, **{name: other}), {name}, lesson.name)
+            except LessonError as error:
+                assert f"was made with --{name.replace('_', '-')} {value}: resume without" in str(error)
+                refused.add(name)
+    assert {field.name for field in dataclasses.fields(config)} - refused == {*free, "output"}
+
+
 def test_the_steps_of_a_cosine_stay(tmp_path):
     """With more of them the learning rate would jump up again, from about 0 where the run ended."""
     config = saved(tmp_path, steps=50)
@@ -120,6 +139,66 @@ def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path):
     (tmp_path / "old").rename(tmp_path / "new")
     found, _ = resume("--output", tmp_path / "new")
     assert found.output == str(tmp_path / "new")
+
+
+# Random numbers and data
+
+
+def begun(tmp_path, images, checkpoint=None, **config):
+    """A Run that has not begun a step, on the CPU."""
+    config = RunConfig(output=str(tmp_path), device="cpu", precision="float32", **config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.run, "load_pictures", lambda config: images)
+        return closing(Run(config, "lesson_xx", checkpoint))
+
+
+def test_the_seed_chooses_the_first_weights_and_the_batches(tmp_path):
+    images, weights, batches = torch.arange(1000)[:, None], [], []
+    for seed in (1, 1, 2, 0):
+        with begun(tmp_path, images, seed=seed) as run:
+            weights.append(torch.nn.Linear(3, 3).weight.flatten().tolist())
+            batches.append(run.batch().flatten().tolist())
+    for first, again, *others in (weights, batches):
+        assert first == again and first != others[0] != others[1] != first
+
+
+def test_a_batch_is_of_all_images(tmp_path):
+    """Each thousand of the 60 000 comes about a thousand times."""
+    with begun(tmp_path, torch.arange(60_000)[:, None], batch_size=60_000) as run:
+        counts = (run.batch().flatten() // 1000).bincount(minlength=60)
+    assert counts.shape == (60,) and 800 < counts.min() <= counts.max() < 1200
+
+
+def test_other_pictures_of_the_same_number_are_other_pictures(tmp_path):
+    images = torch.arange(12, dtype=torch.uint8).view(3, 1, 2, 2)
+    with begun(tmp_path, images) as run:
+        checkpoint = {"data": run.data}
+    with begun(tmp_path, images.clone(), checkpoint):
+        pass
+    with pytest.raises(LessonError, match="is a run on other pictures .3 pictures, .*, not 3 pictures, "):
+        begun(tmp_path, images.flip(0), checkpoint)
+
+
+def stepped(monkeypatch, first, seed=0, rank=0):
+    """(step, torch's own random numbers in it, images on the progress bar) of each step from `first` to the third."""
+    run = object.__new__(Run)
+    run.config, run.step, run.leads, run.ending = RunConfig(steps=3, batch_size=8, seed=seed), first - 1, True, 0
+    monkeypatch.setattr(common.run, "StopRequest", lambda: False)
+    monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
+    return [(step, torch.rand(5), run.bar.n) for step in run.steps()]
+
+
+def test_dropout_is_another_in_each_step_process_and_run(monkeypatch):
+    found = [numbers for seed in (0, 1) for rank in (0, 1) for _, numbers, _ in stepped(monkeypatch, 1, seed, rank)]
+    assert len({tuple(numbers.tolist()) for numbers in found}) == len(found) == 2 * 2 * 3
+
+
+def test_after_a_resume_dropout_and_the_progress_bar_go_on(monkeypatch):
+    whole, rest = stepped(monkeypatch, 1, seed=5, rank=1), stepped(monkeypatch, 2, seed=5, rank=1)
+    assert [(step, done) for step, _, done in whole] == [(1, 0), (2, 8), (3, 16)]
+    assert [(step, done) for step, _, done in rest] == [(2, 8), (3, 16)]
+    for (_, a, _), (_, b, _) in zip(whole[1:], rest, strict=True):
+        assert torch.equal(a, b)
 
 
 # How long it will take
@@ -161,6 +240,12 @@ def test_minutes_become_steps(monkeypatch, capsys, minutes):
 def test_minutes_that_are_over_end_the_run_soon(monkeypatch, capsys):
     config, _ = announced(monkeypatch, capsys, 5.0, elapsed=100.0, minutes=0.5)
     assert config.steps == 10
+
+
+def test_all_processes_take_the_steps_that_the_first_one_finds(monkeypatch, capsys):
+    monkeypatch.setattr(common.run.ranks, "agreed", lambda steps: 777)
+    config, _ = announced(monkeypatch, capsys, 0.1, minutes=10.0)
+    assert config.steps == 777
 
 
 @pytest.mark.lessons(*TWO_LESSONS)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import common.data
 import lesson_07_score_sde.likelihood
 import lesson_07_score_sde.sampler
 from common.checkpoint import load_checkpoint
@@ -967,6 +968,46 @@ def test_the_classifier_says_before_its_training_that_it_cannot_be_written(tmp_p
     monkeypatch.setattr(module, "NoisyDigitClassifier", None)
     with pytest.raises(LessonError, match="cannot write output/"):
         module.train()
+
+
+def test_the_classifier_is_trained_on_training_digits_and_can_be_loaded(tmp_path, monkeypatch, capsys):
+    """Digits and labels of the training, of which there are 300 here; it is tried on 50 others."""
+    monkeypatch.chdir(tmp_path)
+    module, used, made = script("lesson_07_score_sde", "classifier"), [], []
+    some, noisy_digits = {"train": slice(300), "test": slice(50)}, module.noisy_digits
+    for name in ("load_images", "load_labels"):
+        load = getattr(common.data, name)
+        few = lambda dataset, split="train", load=load: load(dataset, split)[some[split]]
+        monkeypatch.setattr(module, name, few)
+
+    def noisy(images, labels, generator, n):
+        used.append((images, labels))
+        return noisy_digits(images, labels, generator, n)
+
+    class Classifier(module.NoisyDigitClassifier):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(module, "noisy_digits", noisy)
+    monkeypatch.setattr(module, "NoisyDigitClassifier", Classifier)
+    monkeypatch.setattr(module, "STEPS", 2)
+    module.train()
+    assert len(used) == 2 and capsys.readouterr().out.count(" % of the test digits are recognised\n") == 5
+    for images, labels in used:
+        assert torch.equal(images, common.data.load_images("mnist")[:300])
+        assert torch.equal(labels, common.data.load_labels("mnist")[:300])
+    loaded = module.load_classifier().state_dict()
+    for name, weights in made[0].state_dict().items():
+        torch.testing.assert_close(loaded[name], weights, rtol=1e-3, atol=1e-6)  # in half precision
+
+
+def test_the_classifier_that_comes_with_the_lesson_knows_noisy_test_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nobody has made another one
+    x, labels = (load("mnist", "test")[:500] for load in (common.data.load_images, common.data.load_labels))
+    x = x / 255 + 0.1 * torch.randn(x.shape)
+    log_p = script("lesson_07_score_sde", "classifier").load_classifier()(x, torch.full((500,), 0.1))
+    assert (log_p.argmax(1) == labels).float().mean() > 0.9
 
 
 def test_noisy_digits_have_scales_that_are_even_in_their_logarithm():

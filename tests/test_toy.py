@@ -122,6 +122,34 @@ def test_first_network_trains_and_draws(tmp_path):
     assert (tmp_path / "first.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_first_network_is_trained_and_sampled_as_the_lesson_is(tmp_path, monkeypatch):
+    """Pixels in [0, 1], ten noise scales from 1 to 0.01, and the paper's step size."""
+    module, trained, sampled = script(LESSON, "first_network"), [], []
+    loss_function = module.denoising_score_matching_loss
+
+    def loss(network, x, sigmas, i, z):
+        trained.append(x)
+        return loss_function(network, x, sigmas, i, z)
+
+    def langevin(network, x, *how):
+        sampled.append((x, *how))
+        return iter([x])
+
+    monkeypatch.setattr(
+        sys, "argv", ["first_network.py", "--steps", "3", "--T", "7", "--output", str(tmp_path / "x.png")]
+    )
+    monkeypatch.setattr(module, "denoising_score_matching_loss", loss)
+    monkeypatch.setattr(module, "annealed_langevin_dynamics", langevin)
+    module.main()
+    for x in trained:
+        assert x.shape == (64, 1, 28, 28) and x.min() == 0 and x.max() == 1
+    assert len(trained) == 3 and not torch.equal(trained[0], trained[1])
+    ((start, sigmas, T, epsilon),) = sampled
+    assert start.shape == (64, 1, 28, 28) and 0 <= start.min() < 0.01 and 0.99 < start.max() <= 1
+    torch.testing.assert_close(sigmas, torch.logspace(0, -2, 10), rtol=1e-5, atol=0)
+    assert (T, epsilon) == (7, 2e-5)
+
+
 @pytest.mark.parametrize("name", ["toy_2d.py", "first_network.py"])
 def test_an_output_that_cannot_be_written_is_said_before_the_work(name, tmp_path):
     (tmp_path / "file").write_text("in the way")

@@ -23,6 +23,8 @@ import torch
 from PIL import Image
 
 import common.run
+from common.checkpoint import load_network
+from common.data import load_images
 from tests import warm
 from tests.running import (
     DIFFUSION,
@@ -198,6 +200,14 @@ def test_smoke_configuration_is_what_the_flags_said(lesson, smoke):
     assert read_checkpoint(smoke[0])["config"] == saved
 
 
+@pytest.mark.lessons(*DENOISED)
+def test_smoke_noise_begins_at_the_largest_distance_of_all_digits(lesson, smoke):
+    """Found by comparing each with each: it is that of number 26 785 from number 59 452."""
+    network, (a, b) = read_checkpoint(smoke[0])["network"], load_images("mnist")[[26_785, 59_452]].double() / 255
+    sigma = network["sigmas"][0] if "sigmas" in network else network["sigma_max"]
+    assert float(sigma) == pytest.approx(float((a - b).norm()), rel=1e-5)
+
+
 def test_smoke_checkpoint_has_all_a_run_needs(lesson, smoke):
     checkpoint = read_checkpoint(smoke[0])
     names = {"lesson", "step", "image_shape", "config", "network", "optimizer", "generator", "device", "data", "log"}
@@ -269,6 +279,16 @@ def test_sample_draws_from_the_checkpoint(lesson, straight, tmp_path):
         assert picture.size == (2 * 58 + 2, 2 * 58 + 2)
     a, b, c = hashes(tmp_path).values()
     assert a == b != c
+
+
+@pytest.mark.lessons("lesson_04_ncsnv2", "lesson_05_ddpm", "lesson_07_score_sde", "lesson_09_improved_ddpm")
+def test_samples_are_drawn_with_the_averaged_weights(lesson, straight):
+    network, _, checkpoint = load_network(
+        script(lesson.name, "sample"), straight / "checkpoint.pt", torch.device("cpu")
+    )
+    for name, weights in network.named_parameters():
+        assert torch.equal(weights, checkpoint["ema"][name])
+    assert not torch.equal(network.state_dict()["last.weight"], checkpoint["network"]["last.weight"])
 
 
 # Going on after any kind of end

@@ -43,7 +43,7 @@ class Written:
 
     def __init__(self):
         self.losses, self.rates, self.gradients, self.draws, self.emas, self.scales, self.where = ([] for _ in range(7))
-        self.start = None  # a copy of the network before the first step
+        self.start = self.zero_loss = None  # a copy of the network before the first step; what the run compares with
 
 
 def spy(lesson, folder, *flags):
@@ -78,7 +78,7 @@ def spy(lesson, folder, *flags):
         return i
 
     def update_ema(ema, network, step, decay):
-        seen.emas.append((step, decay))
+        seen.emas.append((step, decay, len(seen.rates)))
         module_ema(ema, network, step, decay)
 
     draw_name = "draw_timesteps" if lesson.name in DIFFUSION else "draw_noise_scales"
@@ -90,6 +90,7 @@ def spy(lesson, folder, *flags):
 
     def recorded(self, loss, where, weight=None):
         seen.where.append((loss, where))
+        seen.zero_loss = self.zero_loss
         record(self, loss, where, weight)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -267,11 +268,16 @@ def test_losses_and_their_noise_levels_are_recorded(lesson, seen):
         assert float(first[2 + k]) == pytest.approx(float(losses[inside].mean()), rel=1e-5)
 
 
+def test_a_network_that_returns_zero_has_the_loss_that_the_run_compares_with(lesson, seen):
+    """The mean of z^2 for lessons 5 and 9, half of the sum of z^2 over the pixels for the others, where E[z^2] = 1."""
+    assert seen.zero_loss == (1 if lesson.name in DIFFUSION else 28 * 28 / 2)
+
+
 def test_averaged_weights_are_updated_after_each_step_and_drawn_from(lesson, seen):
     networks = [network.network for network, *_ in seen.draws]
     checkpoint = read_checkpoint(seen.folder)
     if lesson.name != "lesson_03_ncsn":
-        assert seen.emas == [(step, 0.4) for step in range(1, STEPS + 1)]
+        assert seen.emas == [(step, 0.4, step) for step in range(1, STEPS + 1)]  # after so many of the optimiser
         weights = checkpoint["ema"]
         assert not torch.equal(weights["last.weight"], checkpoint["network"]["last.weight"])
     else:
@@ -308,6 +314,11 @@ def test_the_last_frames_become_the_pictures(lesson, seen):
         assert level("samples_before_denoising.png") == 0.4
     with Image.open(seen.folder / "trajectory.gif") as gif:
         assert gif.n_frames == 3
+        shades = []
+        for k in range(3):
+            gif.seek(k)
+            shades.append(round(gif.convert("L").getpixel((10, 10)) / 255, 1))
+        assert shades == [0.3, 0.4, 0.5]  # the sample comes last
 
 
 def test_the_network_runs_in_the_precision_of_the_flag(lesson, seen, tmp_path):
@@ -364,7 +375,7 @@ def test_the_pictures_of_a_training_follow_the_samplers_of_its_flags(lesson, tmp
     assert network.state_dict()["first.weight"].shape[1] == 2**2  # no magnified copy of the pixels
 
 
-@pytest.mark.lessons("lesson_04_ncsnv2", "lesson_05_ddpm")
+@pytest.mark.lessons("lesson_04_ncsnv2", "lesson_05_ddpm", "lesson_07_score_sde", "lesson_09_improved_ddpm")
 def test_a_short_memory_and_a_long_one_learn_the_same_and_draw_different_pictures(lesson, tmp_path):
     folders = [tmp_path / decay for decay in ("0", "0.995")]
     for folder in folders:
