@@ -109,7 +109,7 @@ def calls(table: Table, seven: SimpleNamespace) -> None:
         ("reverse_diffusion", (49, 97, 193), (25, 49, 97, 193)),
         ("ancestral", (49, 97, 193), (97, 193)),
         ("euler_maruyama", (49, 97, 193), (97, 193)),
-        ("ode", (49, 97, 193), (97, 193)),
+        ("ode", (49, 97), (97, 193)),
     ):
         name = predictor.replace("_", " ")
         runs[name] = pc, some, {"predictor": predictor, "corrector": False}

@@ -69,7 +69,7 @@ PRESETS = {
         width=64, blocks=2, patch=1, activation="elu", skip=False, optimizer="adam", focus=0.0,
         preview_every=5000, ema_decay=0.999, N=1000,
     ),
-    "paper on cifar10": dict(width=128, clip=1 / 3072), "paper on color_mnist": dict(clip=1 / 2352),  # and 1 / D
+    "paper on cifar10": dict(width=128, clip=1 / 3072), "paper on color_mnist": dict(clip=1 / 2352),  # --images: 1 / D
     "smoke": dict(
         steps=20, batch_size=16, width=8, warmup=0, decay="constant", sigma_L=1.0, N=4, preview_every=20
     ),
