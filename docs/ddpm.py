@@ -141,13 +141,13 @@ def name(variance: str, clip: bool) -> str:
 @torch.no_grad()
 def loss(table: Table, five: SimpleNamespace) -> None:
     """How far from the best linear denoiser, and from zero, is the loss at each t?"""
-    T, x_0 = len(five.betas), 2 * table.digits()[0] - 1
+    T, x_0, float32 = len(five.betas), 2 * table.digits()[0] - 1, InBatches(five.network.network, "float32")
     train = 2 * load_images("mnist")[: 1000 if table.smoke else None].flatten(1).double() / 255 - 1
     variances = torch.linalg.eigvalsh(train.T.cov())  # (784,), of the principal components
     for t in table.missing("network", sorted({min(t, T) for t in (1, 2, 5, 10, 20, 50, 100, 250, 500, 750, 1000)})):
         n = torch.full((len(x_0),), int(t) - 1, device=x_0.device)
         eps, abar = noise_like(x_0, table.noise()), float(five.alpha_bars[int(t) - 1])
-        error = (eps - five.network(noisy_image(x_0, five.alpha_bars, n, eps), n)).square().mean()
+        error = (eps - float32(noisy_image(x_0, five.alpha_bars, n, eps), n)).square().mean()
         table.add("network", t, loss=float(error))
         table.add("best linear denoiser", t, loss=float((abar * variances / (abar * variances + 1 - abar)).mean()))
 
