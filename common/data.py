@@ -117,10 +117,13 @@ def load_picture(path: str | Path, image_size: int, channels: int) -> Tensor:
 
 
 def load_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """A picture of exactly `size` (H, W) pixels as booleans (H, W): True where it is nearer to white than to black."""
+    """A picture of exactly `size` (H, W) pixels as booleans (H, W): True where it is nearer to white than to black.
+
+    Turned as its EXIF data say, and white where it is transparent, as the pictures of load_folder are.
+    """
     try:
         with Image.open(path) as picture:
-            gray = np.asarray(_eight_bits(picture).convert("L"))
+            gray = np.asarray(_on_white(_upright(picture)).convert("L"))
     except Exception as error:
         raise LessonError(f"cannot read the mask {path}: {_one_line(error)}") from error
     if gray.shape != size:
@@ -198,14 +201,21 @@ def _eight_bits(picture):
     return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
 
 
+def _upright(picture):
+    return _eight_bits(ImageOps.exif_transpose(picture)).convert("RGBA")
+
+
+def _on_white(picture):
+    page = Image.new("RGBA", picture.size, "white")
+    page.alpha_composite(picture)
+    return page
+
+
 def _read_picture(path, size, channels):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file that unpacks into gigabytes
         with Image.open(path) as picture:
-            picture = _eight_bits(ImageOps.exif_transpose(picture)).convert("RGBA")
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)  # the centre square, resized
-    page = Image.new("RGBA", picture.size, "white")
-    page.alpha_composite(picture)
-    pixels = np.array(page.convert("L" if channels == 1 else "RGB"))
+            picture = ImageOps.fit(_upright(picture), (size, size), Image.Resampling.LANCZOS)  # the centre square
+    pixels = np.array(_on_white(picture).convert("L" if channels == 1 else "RGB"))
     return torch.from_numpy(pixels).reshape(size, size, channels).permute(2, 0, 1).contiguous()

@@ -19,7 +19,8 @@ class TrainingLog:
     """Collects the losses of each step on the device, and looks at them only now and then, so that a GPU need not wait.
 
     levels: the names of the noise levels, from the noisiest on. `rows` holds [step, loss, loss of band 1, loss of band
-    2, ...], each the weighted mean over the images since the row before, NaN for a band without images.
+    2, ...] of the images since the row before: the mean of weight times loss, and for each band the weighted mean of
+    its losses, NaN without images.
     """
 
     def __init__(self, levels: Sequence[str]):

@@ -4,14 +4,16 @@ import math
 import os
 import re
 import signal
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import common.machine
 from common.checkpoint import load_checkpoint, load_lesson, load_weights, save_checkpoint
-from common.cli import StopRequest, run
+from common.cli import StopRequest, by_product, progress, run
 from common.errors import LessonError
 from common.machine import (
     InBatches,
@@ -20,6 +22,7 @@ from common.machine import (
     choose_device,
     describe,
     sampling_precision,
+    synchronize,
     training_precision,
 )
 from common.training_log import TrainingLog
@@ -96,6 +99,42 @@ def test_stop_request_remembers_a_signal_and_lets_a_later_one_through(handlers, 
     assert ended == [number] and signal.getsignal(number) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("number, rank, said", [(signal.SIGINT, 0, 1), (signal.SIGTERM, 0, 0), (signal.SIGINT, 1, 0)])
+def test_ctrl_c_is_answered_once(handlers, monkeypatch, capfd, number, rank, said):
+    monkeypatch.setenv("RANK", str(rank))
+    stop = StopRequest()
+    os.kill(os.getpid(), number), os.kill(os.getpid(), number)
+    assert stop and capfd.readouterr().err == "\nfinishing the step, and saving; Ctrl-C again ends at once\n" * said
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_a_bar_on_a_terminal_and_in_a_log_a_line_now_and_then(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress(300, " images") as bar:
+        for _ in range(300):
+            bar.update()
+    text = capsys.readouterr().err
+    assert "300/300" in text and ("\r" in text) == terminal
+    if not terminal:
+        assert text.count("\n") <= 2 and text.splitlines()[-1].startswith("100%")
+
+
+def test_a_log_that_nobody_reads_ends_no_run(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: False, write=gone, flush=gone))
+    with progress(3, " images") as bar:
+        bar.update(3)
+    assert bar.n == 3
+
+
+def test_a_by_product_that_cannot_be_written_is_a_line(capsys):
+    with by_product("x.png"):
+        raise RuntimeError("no\n  room")
+    assert capsys.readouterr().err == "\nwarning: no x.png: no room\n"
+
+
 def test_of_several_processes_only_the_first_says_what_all_would(monkeypatch):
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -106,10 +145,22 @@ def test_of_several_processes_only_the_first_says_what_all_would(monkeypatch):
     assert slept == [2]  # in which torchrun ends rank 1, since rank 0 has failed
 
 
-def test_a_process_that_loses_the_others_says_so(monkeypatch):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5",
+        "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "NCCL communicator was aborted on rank 1",
+        "Broken pipe",
+        "recvValue failed on SocketImpl(fd=3)",
+    ],
+)
+def test_a_process_that_loses_the_others_says_so(monkeypatch, text):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as ended:
-        run(raises(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5")))
+        run(raises(RuntimeError(text)))
     assert ended.value.code.startswith("error: another process of this run has ended; ")
 
 
@@ -132,8 +183,9 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 def test_weights_that_do_not_fit(tmp_path):
-    with pytest.raises(LessonError, match="the weights in x.pt do not fit"):
-        load_weights(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2).state_dict(), "x.pt")
+    for weights in (torch.nn.Linear(3, 2).state_dict(), {}, [1]):
+        with pytest.raises(LessonError, match="the weights in x.pt do not fit"):
+            load_weights(torch.nn.Linear(3, 3), weights, "x.pt")
 
 
 def test_checkpoint_of_another_lesson_and_of_none(tmp_path):
@@ -144,6 +196,16 @@ def test_checkpoint_of_another_lesson_and_of_none(tmp_path):
         load_checkpoint(tmp_path / "y.pt", "lesson_xx")
     with pytest.raises(LessonError, match="there is no file"):  # a folder
         load_checkpoint(tmp_path, "lesson_xx")
+
+
+def test_a_checkpoint_that_may_not_be_read(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied")
+
+    save_checkpoint(tmp_path / "x.pt", "lesson_xx")
+    monkeypatch.setattr("zipfile.ZipFile", closed)
+    with pytest.raises(LessonError, match="^cannot read .*x.pt: Permission denied$"):
+        load_checkpoint(tmp_path / "x.pt", "lesson_xx")
 
 
 def test_lessons_are_found_by_name():
@@ -164,6 +226,13 @@ def test_choose_device():
         patch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(LessonError, match="--device cuda: .*try --device auto"):
             choose_device("cuda")
+
+
+@pytest.mark.parametrize("cuda, mps, best", [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
+def test_the_best_device_is_chosen(monkeypatch, cuda, mps, best):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    assert choose_device("auto") == torch.device(best) and choose_device("cpu") == torch.device("cpu")
 
 
 def test_a_machine_is_described_by_its_processor(monkeypatch, tmp_path):
@@ -188,14 +257,18 @@ def with_speedup(monkeypatch, speedup):
     return torch.device("cpu")
 
 
-@pytest.mark.parametrize("speedup, expected", [(0.0, "float32"), (0.9, "float32"), (1.2, "float32"), (1.3, "bfloat16")])
+@pytest.mark.parametrize(
+    "speedup, expected", [(0.0, "float32"), (0.9, "float32"), (1.24, "float32"), (1.26, "bfloat16")]
+)
 def test_training_is_in_bfloat16_where_it_is_clearly_faster(monkeypatch, speedup, expected):
     device = with_speedup(monkeypatch, speedup)
     assert training_precision("auto", device) == expected
     assert training_precision("float32", device) == "float32" and training_precision("bfloat16", device) == "bfloat16"
 
 
-@pytest.mark.parametrize("speedup, expected", [(0.3, "float32"), (0.9, "bfloat16"), (3.0, "bfloat16")])
+@pytest.mark.parametrize(
+    "speedup, expected", [(0.3, "float32"), (0.79, "float32"), (0.81, "bfloat16"), (3.0, "bfloat16")]
+)
 def test_sampling_is_in_the_precision_of_the_training_unless_that_is_slow(monkeypatch, speedup, expected):
     device = with_speedup(monkeypatch, speedup)
     assert sampling_precision("auto", "bfloat16", device) == expected
@@ -213,14 +286,24 @@ def test_speedup_is_a_ratio_of_the_least_times(monkeypatch):
     assert bfloat16_speedup.__wrapped__(torch.device("cpu")) == 2.0
 
 
-def test_speedup_is_0_where_bfloat16_does_not_work(monkeypatch):
+@pytest.mark.parametrize("error", [TypeError, RuntimeError])
+def test_speedup_is_0_where_bfloat16_does_not_work(monkeypatch, error):
     def ones(*shape, dtype, device):
         if dtype == torch.bfloat16:
-            raise TypeError("BFloat16 is not supported on MPS")
+            raise error("BFloat16 is not supported on MPS")
         return torch.zeros(*shape)
 
     monkeypatch.setattr(common.machine.torch, "ones", ones)
     assert bfloat16_speedup.__wrapped__(torch.device("cpu")) == 0.0
+
+
+def test_a_gpu_is_waited_for(monkeypatch):
+    waited = []
+    found = lambda device: SimpleNamespace(synchronize=lambda: waited.append(device.type))
+    monkeypatch.setattr(torch, "get_device_module", found)
+    for name in ("cpu", "cuda", "mps"):
+        synchronize(torch.device(name))
+    assert waited == ["cuda", "mps"]
 
 
 def test_in_batches():
@@ -289,6 +372,14 @@ def test_log_bands_are_means_whatever_comes_more_often(tmp_path):
     assert log.rows[0] == pytest.approx([1, sum(bands) / 5, *bands])
     log.write(tmp_path, reference=8)
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_a_row_has_the_mean_of_the_weighted_losses_and_of_a_band_the_weighted_mean():
+    """The first is what is minimised, whose expectation does not depend on what comes more often."""
+    log = TrainingLog(LEVELS)
+    log.add(1, at(1.0, 3.0, 5.0, i=[0, 1, 9], weights=[3.0, 1.0, 0.4]))
+    assert log.close_row() == pytest.approx((3 + 3 + 2) / 3)
+    assert log.rows[0][2] == pytest.approx((3 + 3) / 4) and log.rows[0][6] == pytest.approx(5)
 
 
 def test_log_of_another_version_is_refused():

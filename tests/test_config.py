@@ -175,6 +175,18 @@ def test_each_field_is_checked_by_its_type(changes, expected):
     assert str(error.value).startswith(expected)
 
 
+@pytest.mark.parametrize(
+    "name, low, high, more",
+    [("image_size", 16, 64, 66), ("channels", 1, 3, 4), ("seed", 0, 2**63 - 1, 2**63), ("minutes", 0, 1e6, 1.1e6),
+     ("warmup", 0, 10**9, 10**9 + 1)],
+)  # fmt: skip
+def test_both_ends_of_a_range_can_be_used(name, low, high, more):
+    for value in (low, high):
+        Config(**{name: value}).check()
+    with pytest.raises(LessonError, match=f"^{flag_of(name)} "):
+        Config(**{name: more}).check()
+
+
 # --config
 
 

@@ -213,6 +213,29 @@ def test_load_folder_keeps_the_centre_square(folder):
     assert load_folder(folder, 8, 1)[..., 3:-3].unique().tolist() == [76]  # 0.299 of 255
 
 
+def test_load_folder_keeps_the_centre_square_of_a_tall_picture(folder):
+    with Image.open(folder / "wide.png") as picture:
+        picture.transpose(Image.Transpose.ROTATE_90).save(folder / "tall.png")
+    tall, wide = load_folder(folder, 8, 3)
+    assert torch.equal(tall, wide.mT)
+
+
+@pytest.mark.parametrize("size", [16, 60])
+def test_load_folder_resizes_with_lanczos(tmp_path, size):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8))
+    noise.save(tmp_path / "x.png")
+    expected = torch.from_numpy(np.array(noise.resize((size, size), Image.Resampling.LANCZOS)))
+    assert (load_folder(tmp_path, size, 1)[0, 0].int() - expected.int()).abs().max() <= 1
+
+
+def test_a_mask_is_true_from_the_middle_gray_on(tmp_path):
+    Image.fromarray(np.array([[0, 127, 128], [128, 127, 255]], np.uint8)).save(tmp_path / "x.png")
+    assert load_mask(tmp_path / "x.png", (2, 3)).tolist() == [[False, False, True], [True, False, True]]
+    pixels = np.array([[[255, 255, 0], [255, 0, 0]], [[0, 255, 0], [0, 0, 255]]], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")  # yellow, red; green, blue: their luma is 0.89, 0.3; 0.59, 0.11
+    assert load_mask(tmp_path / "x.png", (2, 2)).tolist() == [[True, False], [True, False]]
+
+
 def test_load_folder_reads_every_kind_in_order(tmp_path, capsys):
     (tmp_path / "sub.png").mkdir()  # a folder, whatever its name says
     for k, name in enumerate(["a.BMP", "b.gif", "c.jpeg", "d.JPG", "e.png", "f.webp", "sub.png/g.png"]):
@@ -339,6 +362,21 @@ def test_load_folder_leaves_out_hidden_folders_and_what_a_run_wrote(folder):
         shutil.copy(folder / "wide.png", folder / name)
     for name in ("checkpoint.pt", "config.json"):
         (folder / "output" / name).touch()
+    assert len(load_folder(folder, 4, 3)) == 1
+
+
+def test_a_mask_is_turned_and_put_on_white_as_a_picture_is(tmp_path):
+    white, black, clear = (255, 255, 255, 255), (0, 0, 0, 255), (0, 0, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned clockwise, so that the left column becomes the top row
+    pixels = np.array([[black, white], [clear, black]], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    assert load_mask(tmp_path / "x.png", (2, 2)).tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
+def test_a_folder_with_one_file_of_such_a_name_is_read(folder, name):
+    (folder / name).touch()
     assert len(load_folder(folder, 4, 3)) == 1
 
 

@@ -276,6 +276,15 @@ def test_report_has_the_median_distance_to_the_nearest(train, test, monkeypatch)
     assert digit_report(images)["samples"]["nearest"] == pytest.approx(0.2)
 
 
+def test_report_draws_real_digits_and_noise_by_its_seed(train, test, monkeypatch):
+    few = {"train": train[:50], "test": test[:50]}
+    monkeypatch.setattr(common.digit_metrics, "load_images", lambda name, split: few[split])
+    one, other = (digit_report(train[50:54] / 255, seed=seed) for seed in (0, 1))
+    assert one["samples"] == other["samples"]
+    for row in ("floor", "ceiling"):
+        assert one[row]["fid"] != other[row]["fid"] and one[row]["nearest"] != other[row]["nearest"]
+
+
 def test_report_is_the_same_every_time_and_leaves_the_random_state_alone(train, report):
     state = torch.get_rng_state()
     assert digit_report(train[:100] / 255) == report
@@ -286,6 +295,16 @@ def test_report_needs_a_sensible_number_of_images():
     for n in (3, 10_001):
         with pytest.raises(LessonError, match=f"4 to 10 000 .* not {n}"):
             digit_report(torch.zeros(n, 1, 28, 28))
+
+
+@pytest.mark.parametrize("n", [4, 10_000])
+def test_report_takes_the_fewest_and_the_most(n, monkeypatch):
+    def enough(name, split):
+        raise ValueError("enough")
+
+    monkeypatch.setattr(common.digit_metrics, "load_images", enough)
+    with pytest.raises(ValueError, match="enough"):
+        digit_report(torch.zeros(n, 1, 28, 28))
 
 
 def test_printed_table(report, capsys):

@@ -43,6 +43,18 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_two_processes_that_write_a_file_have_hidden_names_of_their_own(tmp_path, monkeypatch):
+    path = tmp_path / "x.txt"
+    with atomic_write(path) as one:
+        one.write_text("one")
+        monkeypatch.setattr("os.getpid", lambda: 0)
+        with atomic_write(path) as other:
+            other.write_text("other")
+            assert one.read_text() == "one" and all(name.startswith(".") for name in names(tmp_path))
+        assert path.read_text() == "other"
+    assert path.read_text() == "one" and names(tmp_path) == ["x.txt"]
+
+
 def test_a_reader_that_has_opened_the_old_file_can_read_all_of_it(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("all of the old one")
@@ -108,3 +120,12 @@ def test_what_cannot_be_written_is_called_by_its_name(tmp_path):
         raise OSError(28, "No space left on device", str(temporary))
     path = tmp_path / "folder" / "x.pt"
     assert str(found.value) == f"cannot write {path}: [Errno 28] No space left on device: '{path}'"
+
+
+def test_a_path_that_is_checked_stays_as_it_was(tmp_path):
+    (tmp_path / "old.pt").write_text("old")
+    for name in ("old.pt", "new.pt"):
+        check_writable(tmp_path / name)
+    assert names(tmp_path) == ["old.pt"] and (tmp_path / "old.pt").read_text() == "old"
+    with pytest.raises(LessonError, match=f"^cannot write {tmp_path}: it is a folder; name a file$"):
+        check_writable(tmp_path)

@@ -99,14 +99,31 @@ def test_gif_keeps_colors_apart(tmp_path):
     np.testing.assert_array_equal(shown[3, 3::6], (colors * 255).numpy())
 
 
-@pytest.mark.parametrize(("name", "megabytes"), [("mnist", 2), ("color_mnist", 3)])
-def test_gif_of_noise_that_turns_into_digits_is_small(tmp_path, name, megabytes):
+def test_gif_has_ten_frames_a_second_and_time_for_the_last(tmp_path):
+    save_gif(list(torch.rand(50, 1, 1, 8, 8)), tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as picture:
+        assert [frame.info["duration"] for frame in ImageSequence.Iterator(picture)] == [100] * 35 + [1500]
+
+
+def test_gif_has_16_grays_and_of_colors_the_nearest(tmp_path):
+    save_gif([flat(*(k / 15 for k in range(16)))], tmp_path / "x.gif", columns=16, scale=1)
+    with Image.open(tmp_path / "x.gif") as picture:
+        assert np.asarray(picture.convert("L"))[3, 3::6].tolist() == list(range(0, 256, 17))
+    color = torch.tensor([0.35, 0.75, 0.45]).view(1, 3, 1, 1)  # the palette has steps of 0.2
+    save_gif([color.expand(-1, -1, 8, 8)], tmp_path / "x.gif", scale=1)
+    with Image.open(tmp_path / "x.gif") as picture:
+        inside = np.asarray(picture.convert("RGB"))[PADDING:-PADDING, PADDING:-PADDING]
+    assert (inside == (102, 204, 102)).all()
+
+
+@pytest.mark.parametrize("name", ["mnist", "color_mnist"])
+def test_gif_of_noise_that_turns_into_digits_is_small(tmp_path, name):
     generator = torch.Generator().manual_seed(0)
     digits = load_images(name, "test")[:64] / 255.0
     sigmas = 5.0 * 0.002 ** torch.linspace(0, 1, 100)
     frames = [digits + sigma * torch.randn(digits.shape, generator=generator) for sigma in sigmas]
     save_gif(frames, tmp_path / "x.gif", scale=2)
-    assert (tmp_path / "x.gif").stat().st_size < megabytes * 1e6
+    assert (tmp_path / "x.gif").stat().st_size < 2e6
 
 
 @pytest.mark.parametrize("save", [save_gif, save_strip])
@@ -148,6 +165,17 @@ def test_a_table_has_each_image_beside_its_names(tmp_path, monkeypatch, captions
         assert text.get_position() == (xs[n % 3], H * (n // 3) + 1)  # in the white above its image
 
 
+def test_a_table_is_a_picture_of_sharp_colors_and_all_of_its_names(tmp_path):
+    red_green_blue = torch.eye(3)[:, :, None, None].expand(-1, -1, 6, 6)
+    save_table(red_green_blue, tmp_path / "x.png", ["a row with a long name"], ["a", "b", "c"])
+    picture = read(tmp_path / "x.png")[..., :3]
+    assert picture.shape[0] > 0.8 * 120 + 10 and picture.shape[1] > 3 * 0.8 * 120 + 100  # the names are outside
+    pure = [(picture == 255 * np.eye(3)[k]).all(2) for k in range(3)]
+    assert min(mask.sum() for mask in pure) > 0.9 * (6 * 12) ** 2  # 12 x 12 for each pixel
+    places = [np.nonzero(mask)[1].mean() for mask in pure]
+    np.testing.assert_allclose(np.diff(places), 96, atol=1)
+
+
 @pytest.mark.parametrize("S", [0, 1, 500])
 def test_loss_plot_of_any_length_without_warnings(tmp_path, S):
     plot(tmp_path / "x.png", S)  # warnings are errors in all tests
@@ -184,11 +212,14 @@ def test_loss_plot_draws_means_bands_and_the_reference(tmp_path, monkeypatch):
     np.testing.assert_allclose(a.get_ydata(), 2)
     np.testing.assert_allclose(b.get_ydata(), 0.5)
     assert [line.get_label() for line in right.lines] == ["a", "b", "network that returns zero"]
+    assert a.get_color()[0] > b.get_color()[0] and a.get_color()[2] < b.get_color()[2]  # from red to blue
     assert list(reference.get_ydata()) == [50, 50]
     assert reference.get_linestyle() == "--"
     save_loss_plot(rows, ["a", "b"], tmp_path / "x.png", reference=float("nan"))  # of a loss that has none
     assert len(figures[1].axes[1].lines) == 2
     assert left.get_yscale() == right.get_yscale() == "log"
+    assert (raw.get_label(), mean.get_label()) == ("ten steps each", "running mean")
+    assert left.get_title() == "training loss" and right.get_title().startswith("loss by noise level")
 
 
 def test_a_place_that_cannot_be_written_is_a_lesson_error(tmp_path):

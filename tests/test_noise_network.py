@@ -125,6 +125,13 @@ def test_group_norm_is_torchs(dtype, tolerance):
     torch.testing.assert_close(a.grad.float(), b.grad, rtol=0, atol=10 * tolerance)
 
 
+def test_group_norm_of_what_hardly_differs_is_torchs():
+    """Where the variance is a tenth of eps, and where it is zero."""
+    x = 1e-3 * torch.randn(3, 16, 6, 5)
+    torch.testing.assert_close(GroupNorm(4, 16)(x), nn.GroupNorm(4, 16)(x), rtol=1e-3, atol=1e-4)
+    assert torch.equal(GroupNorm(4, 16)(0 * x), 0 * x)
+
+
 def reference(network, x, t, levels, blocks, patch, scale_shift=False):
     """What the U-Net puts out, written a second time, with PyTorch's own norms and attention, from its weights by name.
 

@@ -89,6 +89,18 @@ def test_orthogonal_keeps_the_directions_and_evens_out_their_sizes(shape):
     assert 0.5 < values.min() and values.max() < 1.3  # Newton-Schulz stops near 1
 
 
+def test_a_small_gradient_is_made_as_large_as_any_and_none_stays_none():
+    x = torch.randn(3, 8, 72, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonal(1e-5 * x), orthogonal(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(orthogonal(0 * x), 0 * x)
+
+
+def test_muon_is_for_convolutions_from_five_channels_to_five_on():
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 5, 3), torch.nn.Conv2d(5, 5, 3), torch.nn.Conv2d(5, 4, 3))
+    ((only,),) = Optimizer(network, "muon").groups.values()
+    assert only is network[1].weight and Optimizer(network, "adam").groups == {}
+
+
 @pytest.mark.parametrize("name", ["adam", "muon"])
 def test_the_layout_of_the_weights_does_not_matter(lesson, name):
     one = a_network(lesson)
