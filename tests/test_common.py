@@ -485,6 +485,21 @@ def test_the_largest_random_number_is_still_a_timestep(lesson, monkeypatch):
     assert t.max() == 999 and t.min() == 15
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_09_improved_ddpm")
+def test_the_largest_random_number_is_still_a_level(lesson, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.ones(*shape).nextafter(torch.zeros(1)))
+    module = script(lesson.name)
+    for L in range(3, 100):
+        if lesson.name == "lesson_09_improved_ddpm":
+            loss_aware = module.LossAwareTimesteps(L)
+            loss_aware.update(torch.arange(L).repeat(10), torch.rand(10 * L) + torch.arange(10 * L) % 7)
+            levels = [chooser.draw(64)[0] for chooser in (module.UniformTimesteps(L), loss_aware)]
+        else:
+            sigmas = torch.logspace(1, -2, L)
+            levels = [module.draw_noise_scales(64, sigmas, focus, torch.Generator()) for focus in (0.0, 0.7)]
+        assert [int(level.max()) for level in levels] == [L - 1] * 2
+
+
 @pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_07_score_sde")
 def test_noise_scales_near_the_focus_come_more_often(lesson):
     sigmas = torch.logspace(1, -2, 31)

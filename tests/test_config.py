@@ -136,6 +136,18 @@ def test_paper_on_cifar10_is_the_papers_network(lesson):
     assert {layer.p for layer in network.modules() if isinstance(layer, torch.nn.Dropout)} == {0.1}
 
 
+def test_the_papers_runs_have_a_preview_every_5000_steps(lesson):
+    assert script(lesson.name).PRESETS["paper"]["preview_every"] == 5000
+
+
+@pytest.mark.lessons("lesson_07_score_sde")
+def test_samplers_of_lesson_7_go_as_far_as_the_training_and_no_farther(lesson):
+    config = script(lesson.name).Config
+    config(sigma_min=0.02, sigma_L=0.02).check()
+    with pytest.raises(LessonError, match="^--sigma-L 0.019 must not be below --sigma-min 0.02$"):
+        config(sigma_min=0.02, sigma_L=0.019).check()
+
+
 # Ranges and choices
 
 

@@ -84,3 +84,8 @@ def test_two_values_of_eta_are_the_steps_of_ddpm_and_ddim():
     torch.testing.assert_close(one_step(ancestral_eta(sigmas)), posterior_mean + posterior_std * fresh, **almost)
     noise = (x - x_0) / sigmas[0]
     torch.testing.assert_close(one_step(smallest_eta(sigmas)), x_0 + sigmas[1] * noise, **almost)
+
+
+def test_the_largest_ratio_decides():
+    sigmas = torch.tensor([8.0, 4.0, 1.0, 0.5])
+    assert (smallest_eta(sigmas), ancestral_eta(sigmas)) == (1 - 1 / 4, 1 - 1 / 16)

@@ -16,6 +16,7 @@ from lesson_05_ddpm.likelihood import bits_per_dim, discretised_log_likelihood, 
 from lesson_05_ddpm.loss import noise_prediction_loss, noisy_image
 from lesson_05_ddpm.noise_schedule import alpha_bars, linear_betas, posterior
 from lesson_05_ddpm.sampler import ancestral_sampling, clean_image, ddim_sampling, inpaint
+from tests.running import DIFFUSION
 
 pytestmark = pytest.mark.lessons("lesson_05_ddpm")
 BETAS = linear_betas(1000)
@@ -289,6 +290,46 @@ def test_inpainting_keeps_what_is_known_and_fills_in_the_rest():
     mean, variance = chain_of(0.3, 0.1, 1 - kept[1:] / kept[:-1], "small")  # pixels are independent: as without y
     assert float(made[..., 2:].mean()) == pytest.approx(mean, abs=0.01)
     assert float(made[..., 2:].var()) == pytest.approx(variance, rel=0.05)
+
+
+@pytest.mark.lessons(*DIFFUSION)
+def test_known_pixels_have_the_noise_of_each_t(lesson):
+    def zero(x_t, t):
+        eps = torch.zeros_like(x_t)
+        return eps if lesson.name == "lesson_05_ddpm" else (eps, eps)
+
+    y, known, kept = torch.full((400, 1, 8, 8), 0.7, dtype=torch.float64), torch.ones(1, 1, 1, 1), [0, 100, 300, 700]
+    frames = lesson.sampler.inpaint(zero, y, known, normal(400, 1, 8, 8), ABARS, torch.tensor(kept))
+    for x, abar in zip(frames, [*(float(ABARS[t]) for t in (300, 100, 0)), 1.0], strict=True):
+        assert float(x.mean()) == pytest.approx(0.7 * math.sqrt(abar), abs=0.03)
+        assert float(x.std()) == pytest.approx(math.sqrt(1 - abar), rel=0.03, abs=1e-9)
+
+
+@pytest.mark.lessons(*DIFFUSION)
+def test_samplers_and_the_bound_are_decided_by_their_generator_and_keep_no_graph(lesson):
+    weight = torch.ones((), requires_grad=True)
+
+    def network(x_t, t):
+        eps = weight * torch.tanh(x_t)
+        return eps if lesson.name == "lesson_05_ddpm" else (eps, eps)
+
+    x, betas, kept, known = normal(2, 1, 4, 4), linear_betas(10, 0.01, 0.4), torch.arange(10), torch.zeros(1, 1, 4, 4)
+    known[..., :2] = 1
+    sampler, abars = lesson.sampler, alpha_bars(betas)
+    chain = (betas,) if lesson.name == "lesson_05_ddpm" else (betas, kept)
+
+    def made(seed, **how):
+        how["generator"] = torch.Generator().manual_seed(seed)
+        yield last(sampler.ancestral_sampling(network, x, *chain, **how))
+        yield last(sampler.ddim_sampling(network, x, abars, kept, eta=1.0, **how))
+        yield next(sampler.inpaint(network, x, known, x, abars, kept, **how))[..., :2]
+        yield last(sampler.inpaint(network, x, known, x, abars, kept, **how))
+        yield lesson.likelihood.bits_per_dim(network, x.clamp(-1, 1), betas, **how)
+
+    for a, b, c in zip(made(1), made(1, clip=True), made(2), strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, c) and not a.requires_grad
+    start = last(sampler.ddim_sampling(network, x, abars, kept))
+    assert torch.equal(start, last(sampler.ddim_sampling(network, x, abars, kept, eta=0.0)))
 
 
 # The bound

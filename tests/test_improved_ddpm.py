@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from lesson_05_ddpm import likelihood as likelihood_5
+from lesson_05_ddpm import noise_schedule as noise_schedule_5
 from lesson_05_ddpm import sampler as sampler_5
+from lesson_09_improved_ddpm import likelihood as likelihood_9
+from lesson_09_improved_ddpm import loss as loss_9
 from lesson_09_improved_ddpm.likelihood import bits_per_dim
 from lesson_09_improved_ddpm.loss import (
     bound_term,
@@ -29,7 +32,7 @@ from lesson_09_improved_ddpm.noise_schedule import (
     respaced_betas,
     spaced_timesteps,
 )
-from lesson_09_improved_ddpm.sampler import ancestral_sampling, ddim_sampling
+from lesson_09_improved_ddpm.sampler import ancestral_sampling, ddim_sampling, inpaint
 from lesson_09_improved_ddpm.timestep_sampler import LossAwareTimesteps, UniformTimesteps
 from tests.running import quick, read_checkpoint, script
 from tests.test_ddpm import expected_terms, gray_levels, whole_bound
@@ -127,6 +130,15 @@ def test_a_chain_with_some_of_the_timesteps_has_the_same_abar_there(betas):
     kept = spaced_timesteps(1000, 37)
     torch.testing.assert_close(alpha_bars(respaced_betas(betas, kept)), alpha_bars(betas)[kept], rtol=1e-9, atol=1e-15)
     torch.testing.assert_close(respaced_betas(betas, torch.arange(1000)), betas, rtol=1e-9, atol=1e-15)
+
+
+def test_posterior_and_refusals_are_lesson_5s():
+    for betas in (LINEAR, COSINE):
+        for ours, theirs in zip(posterior(betas), noise_schedule_5.posterior(betas), strict=True):
+            assert torch.equal(ours, theirs)
+    for first, said in ((0.0, "beta_1 = 0"), (-0.1, "beta_1 = -0.1"), (math.nan, "beta_1 = nan")):
+        with pytest.raises(ValueError, match=said):
+            linear_betas(10, first)
 
 
 # The learned variance
@@ -294,6 +306,15 @@ def test_what_a_certain_black_pixel_must_cost():
         assert round(expected, 2) == {"small": 0.32, "large": 0.76}[variance]  # as on the page
 
 
+@pytest.mark.parametrize("module", [loss_9, likelihood_9])
+def test_the_decoder_is_lesson_5s_in_both_tails_and_at_both_edges(module):
+    x, mean = torch.tensor([-1, -1 / 255, 1 / 255, 1]), torch.tensor([-1.2, -0.9, -0.3, 0.002, 0.3, 0.9, 1.2])
+    pairs = [pair.double().flatten() for pair in torch.meshgrid(x, mean, indexing="ij")]
+    found = module.discretised_log_likelihood(*pairs, torch.tensor(0.02))
+    assert found.min() < -1000 and found.isfinite().all()
+    torch.testing.assert_close(found, likelihood_5.discretised_log_likelihood(*pairs, torch.tensor(0.02)))
+
+
 # Sampling
 
 
@@ -358,6 +379,18 @@ def test_fixed_variances_and_ddim_are_lesson_5s(monkeypatch):
     ours = list(ddim_sampling(network, x, alpha_bars(betas), kept))
     theirs = list(sampler_5.ddim_sampling(eps, x, alpha_bars(betas), kept))
     torch.testing.assert_close(ours[-1], theirs[-1], rtol=0, atol=1e-12)
+
+
+def test_ddim_with_eta_1_and_completions_of_nothing_are_algorithm_2_with_the_small_variance(monkeypatch):
+    """With the same noise z in each step."""
+    x, z, kept = normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1), spaced_timesteps(1000, 15)
+    monkeypatch.setattr("lesson_09_improved_ddpm.sampler.noise_like", lambda x, generator: z)
+    network = lambda x_t, t: (torch.tanh(x_t + 0.01 * t[:, None, None, None]), torch.full_like(x_t, 0.7))
+    expected = last(ancestral_sampling(network, x, respaced_betas(LINEAR, kept), kept, variance="small"))
+    ddim = last(ddim_sampling(network, x, alpha_bars(LINEAR), kept, eta=1.0))
+    filled = last(inpaint(network, z, torch.zeros(1, 1, 1, 1), x, alpha_bars(LINEAR), kept))
+    torch.testing.assert_close(ddim, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(filled, expected, rtol=0, atol=1e-9)
 
 
 def test_the_network_is_told_the_original_t_and_the_last_step_adds_no_noise():
@@ -459,6 +492,14 @@ def test_the_history_goes_on_after_a_resume():
         LossAwareTimesteps(30).load_state_dict(sampler.state_dict())
 
 
+def test_what_is_loaded_is_a_copy():
+    state = after_ten(torch.ones(3)).state_dict()
+    sampler = LossAwareTimesteps(3)
+    sampler.load_state_dict(state)
+    sampler.update(torch.tensor([0]), torch.tensor([5.0]))
+    assert (state["losses"] == 1).all() and (state["count"] == 10).all()
+
+
 # The network
 
 
@@ -489,6 +530,14 @@ def test_the_network_is_lesson_5s_with_two_outputs(levels, blocks, patch, scale_
         expected = reference(network, x, t, levels, blocks, patch, scale_shift)
         found = torch.cat([network(x, t)[0], 2 * network(x, t)[1] - 1], dim=1)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_default_network_is_ddpms_for_cifar10_without_dropout():
+    """35 746 307 parameters (test_noise_network.py), and three more channels of the last convolution, for v."""
+    with torch.device("meta"):
+        network = NoiseNetwork(channels=3, scale_shift=False)
+    assert sum(p.numel() for p in network.parameters()) == 35_746_307 + 3 * (128 * 9 + 1)
+    assert {layer.p for layer in network.modules() if isinstance(layer, torch.nn.Dropout)} == {0.0}
 
 
 # Training and sampling put together

@@ -9,6 +9,7 @@ from torch import nn
 
 from common.layers import GroupNorm
 from lesson_05_ddpm.noise_network import NoiseNetwork, SelfAttention, timestep_embedding
+from tests.running import DIFFUSION
 
 pytestmark = pytest.mark.lessons("lesson_05_ddpm")
 SMALL = {"width": 8, "levels": 2, "blocks": 1, "patch": 2}
@@ -199,3 +200,30 @@ def test_the_network_is_the_papers(levels, blocks, patch):
             weights.add_(0.05 * torch.randn_like(weights))
         expected = reference(network, x, t, levels, blocks, patch)
         torch.testing.assert_close(network(x, t), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.lessons(*DIFFUSION)
+def test_groups_have_four_channels_or_more_and_are_32_at_most(lesson):
+    groups = {channels: lesson.noise_network.norm(channels).num_groups for channels in (8, 32, 128, 256, 512)}
+    assert groups == {8: 2, 32: 8, 128: 32, 256: 32, 512: 32}
+
+
+@pytest.mark.lessons(*DIFFUSION)
+def test_a_block_with_attention_changes_nothing_at_the_start(lesson):
+    layer, x = lesson.noise_network.NoiseNetwork(**SMALL).middle[0], torch.randn(2, 16, 5, 5)
+    assert isinstance(layer.attention, lesson.noise_network.SelfAttention)
+    assert torch.equal(layer(x, torch.randn(2, 32)), x)
+
+
+@pytest.mark.lessons(*DIFFUSION)
+def test_dropout_is_of_single_numbers_that_the_second_convolution_takes(lesson):
+    block, seen = lesson.noise_network.NoiseNetwork(**SMALL, dropout=0.25).middle[0].block, []
+    block.conv2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x, e = torch.randn(4, 16, 7, 7), torch.randn(4, 32)
+    for training in (False, True):
+        block.train(training)(x, e)
+    whole, rest = seen
+    gone = rest == 0
+    torch.testing.assert_close(rest, torch.where(gone, 0, whole / 0.75))
+    assert float(gone.float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert not gone.all(3).all(2).any()  # of no channel all pixels

@@ -101,6 +101,17 @@ def test_known_pixels_have_the_noise_of_each_scale(lesson):
     torch.testing.assert_close(deviations, SIGMAS, rtol=0.05, atol=0)
 
 
+def test_completions_have_one_noise_at_each_scale_where_pixels_are_known_and_elsewhere_the_steps_of_algorithm_1(lesson):
+    score, y, sigmas, T = Recorder(), torch.zeros(20_000, 1, 1, 2), torch.tensor([2.0, 1.0, 0.5]), 3
+    frames = list(lesson.sampler.inpaint(score, y, torch.tensor([1.0, 0]).view(1, 1, 1, 2), y, sigmas, T, 0.1))
+    variance = 0.0
+    for n, frame in enumerate(frames):
+        seen = [x[..., 0] for x, _ in score.calls[T * n + 1 : T * n + T]]
+        assert all(torch.equal(x, frame[..., 0]) for x in seen)
+        variance += T * 0.1 * float(sigmas[n] / 0.5) ** 2 * {"lesson_03_ncsn": 1, "lesson_04_ncsnv2": 2}[lesson.name]
+        assert float(frame[..., 1].var()) == pytest.approx(variance, rel=0.05)
+
+
 # Randomness
 
 
@@ -124,6 +135,18 @@ def test_a_generator_leaves_the_training_randomness_as_it_was(lesson):
 
     assert sample(torch.Generator().manual_seed(3))
     assert not sample(None)  # without one the noise is torch's own
+
+
+def test_completions_are_decided_by_their_generator_and_keep_no_graph(lesson):
+    weight, y, known = torch.ones((), requires_grad=True), torch.rand(2, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    known[..., :2] = 1
+    score = lambda x, i: -weight * x
+    how = y, known, y, SIGMAS, 2, 1e-5
+    a, b, c = (last(lesson.sampler.inpaint(score, *how, torch.Generator().manual_seed(seed))) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and not a.requires_grad
+    assert not lesson.sampler.tweedie(score, y, SIGMAS, torch.tensor([0, 9])).requires_grad
+    if lesson.name == "lesson_04_ncsnv2":
+        assert not last(lesson.sampler.consistent_annealed_sampling(score, y, SIGMAS, 1, 1e-4)).requires_grad
 
 
 # The distribution it reaches
@@ -263,6 +286,12 @@ def test_step_size_formula_against_chains(T):
     expected = variance_ratio(gamma, epsilon / sigma_i.item() ** 2, T)
     assert measured == pytest.approx(expected, rel=0.004)
     assert variance_ratio(gamma, epsilon / sigma_i.item() ** 2 / 2, T) > expected * 1.005
+
+
+@pytest.mark.parametrize("sigmas, T", [(SIGMAS, 0), (SIGMAS[:1], 1)])
+def test_a_step_size_that_cannot_be_computed(sigmas, T):
+    with pytest.raises(ValueError, match=f"needs T >= 1 and L >= 2, not {T} and {len(sigmas)}"):
+        langevin_step_size(sigmas, T)
 
 
 # The last step of lesson 4

@@ -42,6 +42,13 @@ def test_as_many_parameters_as_the_official_network(lesson):
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
+@pytest.mark.lessons("lesson_03_ncsn", "lesson_04_ncsnv2", "lesson_07_score_sde")
+def test_the_defaults_are_ncsns_network_for_mnist(lesson):
+    given = inspect.signature(lesson.score_network.ScoreNetwork).parameters
+    expected = {"channels": 1, "width": 64, "patch": 1, "blocks": 2, "activation": "elu", "skip": False}
+    assert {name: given[name].default for name in expected} == expected
+
+
 def feature_maps(model, size):
     """(channels, height) of what each stage and each refine block puts out, in the order in which they run."""
     shapes = []

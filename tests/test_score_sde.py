@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -401,6 +402,16 @@ def test_two_etas_of_lesson_4_are_ancestral_and_euler(monkeypatch):
         theirs = of_lesson_4((1 + 3 * ancestral_eta(sigmas)) / 4 if eta is None else eta, Recorded(40, shape))
         assert len(ours) == len(theirs) == 39
         torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0, atol=1e-12)
+
+
+def test_consistent_sampling_at_its_smallest_eta_is_eulers_and_keeps_no_graph():
+    x, weight = 10 * normal(2, 1, 4, 4), torch.ones((), requires_grad=True)
+    for N in (5, 9, 15):
+        sigmas = geometric(10, 0.1, N)
+        expected = last(probability_flow(curved, x, sigmas, "euler"))
+        made = last(consistent_sampling(lambda x, sigma: weight * curved(x, sigma), x, sigmas, smallest_eta(sigmas)))
+        torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+        assert not made.requires_grad
 
 
 # One point
@@ -1008,6 +1019,60 @@ def test_the_classifier_that_comes_with_the_lesson_knows_noisy_test_digits(tmp_p
     x = x / 255 + 0.1 * torch.randn(x.shape)
     log_p = script("lesson_07_score_sde", "classifier").load_classifier()(x, torch.full((500,), 0.1))
     assert (log_p.argmax(1) == labels).float().mean() > 0.9
+
+
+def test_the_classifier_written_a_second_time():
+    classifier = script("lesson_07_score_sde", "classifier").NoisyDigitClassifier(width=8)
+    p = dict(classifier.named_parameters())
+    x, sigma = torch.rand(3, 1, 28, 28), torch.tensor([0.01, 1.0, 15.0])
+    with torch.no_grad():
+        for weights in p.values():
+            weights.add_(0.1 * torch.randn_like(weights))
+        told = torch.stack([sigma.log() / 4, sigma.log().tanh()], dim=1)
+        h = x / (0.3 + images_of(sigma) ** 2).sqrt()
+        for k in range(3):
+            h = F.conv2d(h, p[f"convs.{k}.weight"], p[f"convs.{k}.bias"], stride=2, padding=1)
+            h = F.group_norm(h, 8, p[f"norms.{k}.weight"], p[f"norms.{k}.bias"])
+            h = F.silu(h + (told @ p[f"embed.{k}.weight"].T + p[f"embed.{k}.bias"])[:, :, None, None])
+        h = F.silu(h.flatten(1) @ p["hidden.weight"].T + p["hidden.bias"])
+        expected = (h @ p["classes.weight"].T + p["classes.bias"]).log_softmax(1)
+        torch.testing.assert_close(classifier(x, sigma), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_training_of_the_classifier_goes_down_in_half_a_cosine_over_all_noise_scales(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module, seen, rates = script("lesson_07_score_sde", "classifier"), [], []
+    for name in ("load_images", "load_labels"):
+        load = getattr(common.data, name)
+        monkeypatch.setattr(module, name, lambda *which, load=load: load(*which)[:50])
+    noisy_digits = module.noisy_digits
+
+    def noisy(*how):
+        seen.append(noisy_digits(*how))
+        return seen[-1]
+
+    class Optimizer(module.Optimizer):
+        def __init__(self, network, name):
+            super().__init__(network, name)
+            self.network, self.name = network, name
+
+        def step(self, rate):
+            x, sigma, labels = seen[-1]
+            right = self.network(x, sigma)[torch.arange(len(x)), labels].mean()
+            gradient = torch.autograd.grad(-right, list(self.network.parameters()))
+            for mine, g in zip(self.network.parameters(), gradient, strict=True):
+                torch.testing.assert_close(mine.grad, g, rtol=1e-3, atol=1e-6)
+            rates.append((self.name, rate))
+            super().step(rate)
+
+    monkeypatch.setattr(module, "noisy_digits", noisy)
+    monkeypatch.setattr(module, "Optimizer", Optimizer)
+    monkeypatch.setattr(module, "STEPS", 3)
+    module.train()
+    assert [name for name, _ in rates] == ["adam"] * 3
+    assert [rate for _, rate in rates] == pytest.approx([2e-3, 1.5e-3, 0.5e-3])
+    sigma = torch.cat([sigma for _, sigma, _ in seen])
+    assert len(sigma) == 3 * 128 and sigma.min() < SIGMA_MIN and sigma.max() > SIGMA_MAX  # wherever samplers go
 
 
 def test_noisy_digits_have_scales_that_are_even_in_their_logarithm():

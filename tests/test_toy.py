@@ -1,9 +1,13 @@
 """toy_2d.py, first_network.py and the pictures of lesson 3 in docs/figures.py: scores, weights of modes, whole runs."""
 
+import math
 import sys
+from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from tests import warm
@@ -85,6 +89,36 @@ def test_chains_move_in_a_gif(toy, tmp_path):
         assert 700 < picture.width <= 730
 
 
+def test_arrows_keep_their_direction_and_are_shorter_than_one(toy, tmp_path, monkeypatch):
+    panel = MagicMock()
+    monkeypatch.setattr(toy, "square", lambda *how: nullcontext(panel))
+    toy.show_field(toy.true_score, "title", tmp_path / "x.png")
+    x, y, u, v = panel.quiver.call_args.args
+    s = toy.true_score(torch.stack([x, y], dim=1)[:, :, None, None]).flatten(1)
+    torch.testing.assert_close(torch.stack([u, v], dim=1), s / (1 + s.norm(dim=1, keepdim=True)))
+    assert s.norm(dim=1).max() > 3
+
+
+def test_chains_of_the_toy_start_everywhere_and_follow_the_papers_noise_scales(toy, tmp_path, monkeypatch):
+    """NCSN, App. B.1: uniform in [-8, 8]^2; 100 steps with epsilon 0.1 at each of ten scales from 20 to 1."""
+    walks, keep = [], lambda score, x, *how: walks.append((score, x, *how)) or iter([x] * len(how[0]))
+    monkeypatch.setattr(toy, "annealed_langevin_dynamics", keep)
+    monkeypatch.setattr(toy, "square", lambda *how: nullcontext(MagicMock()))
+    monkeypatch.setattr(toy, "show_chains", lambda *how: None)
+    judged = []
+    monkeypatch.setattr(toy, "show_error", lambda *how: judged.append(how) or (0, 0))
+    monkeypatch.setattr(sys, "argv", ["toy_2d.py", "--steps", "1", "--num", "2000", "--output", str(tmp_path)])
+    toy.main()
+    scales = torch.ones(10), torch.logspace(math.log10(20), 0, 10)
+    for (score, start, sigmas, steps, epsilon), expected in zip(walks, scales, strict=True):
+        assert -8 <= start.min() < -7.9 and 7.9 < start.max() <= 8 and start.shape == (2000, 2, 1, 1)
+        torch.testing.assert_close(sigmas, expected.repeat_interleave(len(sigmas) // 10))
+        assert (len(sigmas) * steps, epsilon) == (10 * 100, 0.1)
+        variance = 1 + 20**2 if score is walks[1][0] else 1.0  # of a part of the data, with noise of the first scale
+        torch.testing.assert_close(score(start, torch.tensor([0])), toy.true_score(start, variance))
+    torch.testing.assert_close(judged[0][1](start), toy.true_score(start, 1 + 0.3**2))
+
+
 def run_script(name, *flags):
     return warm.run(name, *flags, cwd=ROOT / LESSON, env=ENVIRONMENT)
 
@@ -114,6 +148,24 @@ def test_the_share_in_the_small_mode_over_sigma_1(tmp_path, capsys):
     figures.FIGURES["lesson_04_sigma_1"](tmp_path / "figure.png", chains=2000, T=30)
     shares = [float(line.split(": ")[1].split("%")[0]) for line in capsys.readouterr().out.splitlines()[:-1]]
     assert len(shares) == 7 and 45 < shares[0] < 52 and shares[-1] < 35
+
+
+def test_the_first_network_written_a_second_time():
+    sigmas = torch.logspace(0, -2, 10)
+    network = script(LESSON, "first_network").FirstScoreNetwork(sigmas, width=16, channels=4)
+    p, x, i = dict(network.named_parameters()), torch.rand(3, 1, 28, 28), torch.tensor([0, 4, 9])
+    conv = lambda h, name: F.conv2d(h, p[f"{name}.weight"], p[f"{name}.bias"], padding=1)
+    linear = lambda h, k: h @ p[f"whole.{k}.weight"].T + p[f"whole.{k}.bias"]
+    sigma = sigmas[i].view(3, 1, 1, 1)
+    variance = 0.1 + sigma**2
+    h, log_sigma = x / variance**0.5, sigma.log()
+    whole = linear(F.silu(linear(F.silu(linear(torch.cat([h.flatten(1), log_sigma[:, 0, 0]], 1), 0)), 2)), 4)
+    whole = whole.unflatten(1, (1, 28, 28))
+    h = F.relu(conv(torch.cat([h, whole, log_sigma.expand(3, 1, 28, 28)], dim=1), "first"))
+    h = h + F.relu(conv(h, "middle.0"))
+    h = h + F.relu(conv(h, "middle.1"))
+    expected = -x / variance + (whole + conv(h, "last")) * (0.1 / variance) ** 0.5 / sigma
+    torch.testing.assert_close(network(x, i), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_first_network_trains_and_draws(tmp_path):
@@ -148,6 +200,34 @@ def test_first_network_is_trained_and_sampled_as_the_lesson_is(tmp_path, monkeyp
     assert start.shape == (64, 1, 28, 28) and 0 <= start.min() < 0.01 and 0.99 < start.max() <= 1
     torch.testing.assert_close(sigmas, torch.logspace(0, -2, 10), rtol=1e-5, atol=0)
     assert (T, epsilon) == (7, 2e-5)
+
+
+def test_steps_of_the_first_network_are_of_one_gradient_each_and_of_a_rate_that_rises_and_falls(tmp_path, monkeypatch):
+    module, seen, gradients = script(LESSON, "first_network"), [], []
+    loss_function = module.denoising_score_matching_loss
+
+    def loss(network, x, sigmas, i, z):
+        value = loss_function(network, x, sigmas, i, z)
+        gradients.append(torch.autograd.grad(value.mean(), list(network.parameters()), retain_graph=True))
+        seen.extend(i.tolist())
+        return value
+
+    class Adam(torch.optim.Adam):
+        rates = []
+
+        def step(self, closure=None):
+            for parameter, gradient in zip(self.param_groups[0]["params"], gradients[-1], strict=True):
+                torch.testing.assert_close(parameter.grad, gradient)
+            self.rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    monkeypatch.setattr(module, "denoising_score_matching_loss", loss)
+    monkeypatch.setattr(module, "annealed_langevin_dynamics", lambda network, x, *how: iter([x]))
+    monkeypatch.setattr(sys, "argv", ["first_network.py", "--steps", "4", "--output", str(tmp_path / "x.png")])
+    module.main()
+    assert Adam.rates == pytest.approx([0, 1e-3 * 1 / 50 * 3 / 4, 1e-3 * 2 / 50 * 2 / 4, 1e-3 * 3 / 50 * 1 / 4])
+    assert set(seen) == set(range(10)) and len(seen) == 4 * 64
 
 
 @pytest.mark.parametrize("name", ["toy_2d.py", "first_network.py"])

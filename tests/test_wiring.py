@@ -189,6 +189,13 @@ def test_timesteps_and_their_schedule_are_those_of_the_flags(seen):
     assert len(set(t[:, 0].tolist())) > 1  # not the same in each step
 
 
+@pytest.mark.lessons("lesson_07_score_sde")
+def test_pictures_that_are_nearer_than_the_smallest_scale_of_the_samplers_are_refused(lesson, tmp_path):
+    near = lambda images: 0.6 * 255
+    result = quick(lesson.name, "--sigma-L", 0.7, "--output", tmp_path, largest_pairwise_distance=near)
+    assert result.status == 1 and "VE needs 0 < sigma_min < sigma_max, not 0.7 and 0.6" in result.stderr
+
+
 @pytest.mark.lessons("lesson_04_ncsnv2")
 def test_technique_2_counts_all_channels(tmp_path):
     module, dimensions = script("lesson_04_ncsnv2"), []
