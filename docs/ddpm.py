@@ -49,9 +49,9 @@ GROUPS = {
 
 
 def load(name: str, path: str, smoke: bool = False) -> SimpleNamespace:
-    """What lesson 5 or 9 has learned: its `network`, to be called with any number of images, from a checkpoint; its
-    `config`; its noise schedule, `betas` and `alpha_bars` (T,). `smoke` puts a tiny network, which has learned nothing,
-    in its place.
+    """What lesson 5 or 9 has learned: its `network`, to be called with any number of images, from a checkpoint;
+    `float32`, the same in float32, for bounds: the last bits of a pixel are what rounding spoils; its `config`; its
+    noise schedule, `betas` and `alpha_bars` (T,). `smoke` puts a tiny network, which has learned nothing, in its place.
     """
     lesson = load_lesson(name)
     network, config, found = load_network(lesson, path, choose_device())
@@ -61,7 +61,10 @@ def load(name: str, path: str, smoke: bool = False) -> SimpleNamespace:
         network = lesson.make_network(config, 1, {}).to(choose_device()).eval()
     precision = sampling_precision("auto", config.precision, choose_device())
     betas, alpha_bars = lesson.schedule(config)
-    return SimpleNamespace(network=InBatches(network, precision), config=config, betas=betas, alpha_bars=alpha_bars)
+    return SimpleNamespace(
+        network=InBatches(network, precision), float32=InBatches(network, "float32"), config=config,
+        betas=betas, alpha_bars=alpha_bars,
+    )  # fmt: skip
 
 
 def calls(table: Table, five: SimpleNamespace) -> None:
@@ -89,17 +92,14 @@ def calls(table: Table, five: SimpleNamespace) -> None:
             table.add(setting, K, fid=fid(((x + 1) / 2).cpu()))
 
 
-def called_once(network: InBatches) -> Callable:
-    """The network for several bounds in turn: the same noisy images come for each, and it is called for the first.
-
-    In float32, whatever samples are drawn in: the last bits of a pixel are what rounding spoils.
-    """
-    cache, float32 = {}, InBatches(network.network, "float32")
+def called_once(network: Callable) -> Callable:
+    """The network for several bounds in turn: the same noisy images come for each, and it is called for the first."""
+    cache = {}
 
     def called(x, t):
         if int(t[0]) not in cache:
             cache.clear()
-            cache[int(t[0])] = float32(x, t)
+            cache[int(t[0])] = network(x, t)
         return cache[int(t[0])]
 
     return called
@@ -114,7 +114,7 @@ def bits(table: Table, five: SimpleNamespace) -> None:
         return
     found = {each: [] for each in settings}
     for part in images.split(250):
-        x_0, network = 2 * part - 1, called_once(five.network)
+        x_0, network = 2 * part - 1, called_once(five.float32)
         generators = (torch.Generator(x_0.device).manual_seed(table.seed) for _ in settings)
         each = [terms(network, x_0, five.betas, *how, noise) for how, noise in zip(settings, generators)]
         for step in zip(*each, strict=True):
@@ -141,13 +141,13 @@ def name(variance: str, clip: bool) -> str:
 @torch.no_grad()
 def loss(table: Table, five: SimpleNamespace) -> None:
     """How far from the best linear denoiser, and from zero, is the loss at each t?"""
-    T, x_0, float32 = len(five.betas), 2 * table.digits()[0] - 1, InBatches(five.network.network, "float32")
+    T, x_0 = len(five.betas), 2 * table.digits()[0] - 1
     train = 2 * load_images("mnist")[: 1000 if table.smoke else None].flatten(1).double() / 255 - 1
     variances = torch.linalg.eigvalsh(train.T.cov())  # (784,), of the principal components
     for t in table.missing("network", sorted({min(t, T) for t in (1, 2, 5, 10, 20, 50, 100, 250, 500, 750, 1000)})):
         n = torch.full((len(x_0),), int(t) - 1, device=x_0.device)
         eps, abar = noise_like(x_0, table.noise()), float(five.alpha_bars[int(t) - 1])
-        error = (eps - float32(noisy_image(x_0, five.alpha_bars, n, eps), n)).square().mean()
+        error = (eps - five.float32(noisy_image(x_0, five.alpha_bars, n, eps), n)).square().mean()
         table.add("network", t, loss=float(error))
         table.add("best linear denoiser", t, loss=float((abar * variances / (abar * variances + 1 - abar)).mean()))
 

@@ -62,7 +62,7 @@ def bound(nine: SimpleNamespace, x_0: Tensor, K: int, seed: int) -> dict[str, Te
     """Terms of the bound in bits/dim, means over x_0 (B, C, H, W) in [-1, 1], of t = 1, ..., K and of the prior:
     {variance: (K + 1,)}. The network is called once for all.
     """
-    kept, network = evenly(len(nine.betas), K), called_once(nine.network)
+    kept, network = evenly(len(nine.betas), K), called_once(nine.float32)
     betas = respaced_betas(nine.betas, kept)
     generators = (torch.Generator(x_0.device).manual_seed(seed) for _ in VARIANCES)
     each = [terms(network, x_0, betas, kept, generator=g, variance=v) for g, v in zip(generators, VARIANCES)]
@@ -100,9 +100,12 @@ def trained(table: Table, steps: int, **how) -> SimpleNamespace:
     """A network that train_mnist.py has trained with a configuration, as `load` of docs/ddpm.py returns it."""
     how |= {"batch_size": 16, "width": 8, "T": 30} if table.smoke else {}
     lesson, training = train_lesson(LESSON, steps=3 if table.smoke else steps, seed=table.seed, **how)
-    network = InBatches(training.parts["ema"].requires_grad_().eval(), training.precision)
+    ema = training.parts["ema"].requires_grad_().eval()
     betas, alpha_bars = lesson.schedule(training.config)
-    return SimpleNamespace(network=network, config=training.config, betas=betas, alpha_bars=alpha_bars)
+    return SimpleNamespace(
+        network=InBatches(ema, training.precision), float32=InBatches(ema, "float32"), config=training.config,
+        betas=betas, alpha_bars=alpha_bars,
+    )  # fmt: skip
 
 
 def gradient(table: Table, nine: SimpleNamespace) -> None:

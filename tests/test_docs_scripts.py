@@ -391,15 +391,31 @@ def test_the_bits_of_a_network_that_says_nothing(name, monkeypatch):
         assert not torch.is_autocast_enabled(x.device.type)
         return says(x, t)
 
-    found = types.SimpleNamespace(
-        network=InBatches(network, "bfloat16"), betas=betas, alpha_bars=(1 - betas).cumprod(0)
-    )
+    both = {"network": InBatches(network, "bfloat16"), "float32": InBatches(network, "float32")}
+    found = types.SimpleNamespace(**both, betas=betas, alpha_bars=(1 - betas).cumprod(0))
     monkeypatch.setattr(compare.ddpm, "load", lambda name, path: found)
     images = torch.rand(40, 1, 6, 6)
     values = [compare.bits(name, "nowhere", images, seed) for seed in (1, 2)]
     own = likelihood.bits_per_dim(network, 2 * images - 1, betas, generator=torch.Generator().manual_seed(1))
     assert values[0] == pytest.approx(float(own.sum(1).mean()), rel=1e-5)
     assert values[1] != values[0] and values[1] == pytest.approx(values[0], rel=0.1)
+
+
+def test_bounds_and_losses_of_lessons_5_and_9_are_those_of_float32(tmp_path, monkeypatch):
+    """Also where samples are drawn, or the network has been trained, in bfloat16."""
+    ddpm, improved_ddpm = compare.ddpm, compare.improved_ddpm
+    monkeypatch.setattr(ddpm, "sampling_precision", lambda *how: "bfloat16")
+    five = ddpm.load("lesson_05_ddpm", str(ROOT / "lesson_05_ddpm" / "pretrained.pt"), smoke=True)
+    lesson = types.SimpleNamespace(schedule=lambda config: (None, None))
+    training = types.SimpleNamespace(parts={"ema": torch.nn.Linear(1, 1)}, precision="bfloat16", config=None)
+    monkeypatch.setattr(improved_ddpm, "train_lesson", lambda *how, **more: (lesson, training))
+    table = lambda name: techniques.Table(tmp_path / "x.csv", name, 4, 1, False, True)
+    for found in (five, improved_ddpm.trained(table("ablation"), 3)):
+        assert (found.network.precision, found.float32.precision) == ("bfloat16", "float32")
+        assert found.network.network is found.float32.network
+    del five.network
+    ddpm.bits(table("bits"), five)
+    ddpm.loss(table("loss"), five)
 
 
 def test_all_seeds_code_the_same_digits(tmp_path, monkeypatch):
