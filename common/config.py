@@ -48,12 +48,12 @@ class RunConfig:
             value, flag, expected = getattr(self, name), flag_of(name), type(getattr(type(self), name))
             if type(value) is not expected and not (expected is float and type(value) is int):
                 raise LessonError(f"{flag} {value}: not a number or word of the right kind ({expected.__name__})")
-            if name == "output" and not value:
-                raise LessonError("--output: name a folder")
             if get_origin(kind) is Literal:
                 check_choice(flag, value, get_args(kind))
             elif expected in (int, float):
                 check_range(flag, value, *getattr(kind, "__metadata__", ()))
+        if not self.output:
+            raise LessonError("--output: name a folder")
 
 
 def learning_rate(step: int, config: RunConfig) -> float:

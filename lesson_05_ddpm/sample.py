@@ -143,7 +143,7 @@ def share_latent(network, config, n: int, seed: int, calls: int, x: Tensor) -> t
 @torch.no_grad()
 def interpolate_images(network, config, n: int, seed: int, calls: int, x: Tensor) -> tuple[Tensor, int]:
     """go from one test image to another: same noise of t = T/2, which is then taken away (DDPM's Fig. 8)"""
-    steps, middle = some_timesteps(config, calls), max(0, config.T // 2 - 1)  # the paper's T/2, from 0 on
+    steps, middle = some_timesteps(config, calls), config.T // 2 - 1  # the paper's t = T/2
     steps = torch.cat([steps[steps < middle], torch.tensor([middle])])
     share = torch.linspace(0, 1, COLUMNS - 2, device=x.device)[None, :, None, None, None]
     mixed = ((1 - share) * x[:, :1] + share * x[:, 1:]).flatten(0, 1)  # x_t is linear in x_0, and so is its mixture

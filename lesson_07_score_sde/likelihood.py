@@ -38,8 +38,8 @@ def log_likelihood_terms(
         sigma = log_sigma.exp()
         with torch.enable_grad():
             image = y[:, :-1].reshape(x.shape).detach().requires_grad_()
-            v = -(sigma**2) * score(image, sigma.expand(B))
-            (gradient,) = torch.autograd.grad((v * e).sum() + 0 * image.sum(), image)  # e^T (dv/dx), one pass back
+            v = -(sigma**2) * score(image, sigma.expand(B)) + 0 * image  # even if it does not look at the image
+            (gradient,) = torch.autograd.grad((v * e).sum(), image)  # e^T (dv/dx), one pass back
         return torch.cat([v.detach().flatten(1), (gradient * e).flatten(1).sum(1, keepdim=True)], dim=1)
 
     times = torch.linspace(math.log(sigma_min), math.log(sigma_max), steps + 1, device=x.device, dtype=x.dtype)
