@@ -92,6 +92,28 @@ def sampling_precision(name: str, trained: str, device: torch.device) -> str:
     return trained if name == "auto" else name
 
 
+def train_as_graph(network: torch.nn.Module, precision: str) -> None:
+    """Lets a GPU run a network, forward and backward, as one CUDA graph each: the same values, several times as fast.
+
+    Without it Python starts thousands of small operations in each step, and the GPU waits for Python. The graph is
+    recorded at the first call with gradients. Calls without, and with another number of images, run as before.
+    """
+    plain, graph, shape = network.forward, None, None
+
+    def forward(x, level):
+        nonlocal graph, shape
+        if not torch.is_grad_enabled() or (graph and x.shape != shape):
+            return plain(x, level)
+        if not graph:
+            network.forward = plain
+            with torch.autocast(x.device.type, torch.bfloat16, precision == "bfloat16", cache_enabled=False):
+                graph = torch.cuda.make_graphed_callables(network, (x.clone(), level.clone())).forward
+            network.forward, shape = forward, x.shape
+        return graph(x, level)
+
+    network.forward = forward
+
+
 class InBatches:
     """A network to sample with: it takes any number of images, and runs at most `batch_size` at once, in `precision`.
 

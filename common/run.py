@@ -23,7 +23,7 @@ from common.data import load_pictures
 from common.errors import LessonError
 from common.files import Claim, atomic_write, check_writable
 from common.images import check_finite, save_gif, save_grid, some_frames
-from common.machine import InBatches, autocast, choose_device, describe, synchronize, training_precision
+from common.machine import InBatches, autocast, choose_device, describe, synchronize, train_as_graph, training_precision
 from common.noise import SeededNoise
 from common.training_log import TrainingLog
 
@@ -103,6 +103,8 @@ class Run:
         self.parts = {**parts, "log": self.log}
         if self.checkpoint:
             self._restore()
+        if self.device.type == "cuda" and ranks.world() == 1:  # NCCL's own thread would disturb the recording
+            train_as_graph(parts["network"], self.precision)
         if self.leads:
             print(f"device      {self.device.type} ({describe(self.device)})")
             print(f"processes   {ranks.world()}") if ranks.world() > 1 else None
