@@ -4,6 +4,7 @@ import functools
 import platform
 import re
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -106,7 +107,9 @@ def train_as_graph(network: torch.nn.Module, precision: str) -> None:
             return plain(x, level)
         if not graph:
             network.forward = plain
-            with torch.autocast(x.device.type, torch.bfloat16, precision == "bfloat16", cache_enabled=False):
+            half = torch.autocast(x.device.type, torch.bfloat16, precision == "bfloat16", cache_enabled=False)
+            with half, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # of PyTorch's own warm-up
                 graph = torch.cuda.make_graphed_callables(network, (x.clone(), level.clone())).forward
             network.forward, shape = forward, x.shape
         return graph(x, level)

@@ -4,6 +4,7 @@ Adds lines to docs/gpu.csv after each measurement, and leaves out those that are
 experiments `paper` and `lesson` go to --output as well, a folder each.
 """
 
+import gc
 import signal
 import subprocess
 import sys
@@ -35,8 +36,9 @@ def speed(name: str, table: Table, options: Namespace) -> None:
     for preset in ("smoke",) if table.smoke else ("lesson run", "paper"):
         for _ in table.missing(f"{name}, {preset}", [0]):
             for _ in range(2):  # the first warms up
+                timed = None  # which has the memory of its graph
                 if torch.cuda.is_available():
-                    torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+                    gc.collect(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
                 timed = time_round(name, preset, "auto")
             found = {"training": timed.training, "sampling": timed.sampling}
             if torch.cuda.is_available():

@@ -426,7 +426,7 @@ def test_all_seeds_code_the_same_digits(tmp_path, monkeypatch):
         compare.likelihood(name, techniques.Table(tmp_path / "c.csv", "ten minutes, bits", 500, seed, False, False))
     (first, one), (second, two) = seen
     assert torch.equal(first, second) and one == two and first.shape == (500, 1, 28, 28)
-    assert torch.equal((255 * first).round().byte(), load_images("mnist", "test")[::20])
+    assert torch.equal((255 * first).round().byte().cpu(), load_images("mnist", "test")[::20])
 
 
 def test_a_comparison_goes_through_its_seeds_and_its_number_of_images(tmp_path, monkeypatch):
