@@ -103,7 +103,8 @@ class Run:
         self.parts = {**parts, "log": self.log}
         if self.checkpoint:
             self._restore()
-        if self.device.type == "cuda" and ranks.world() == 1:  # NCCL's own thread would disturb the recording
+        # NCCL's own thread would disturb the recording; AMD's GPUs, which are "cuda" too, may hang while they record
+        if self.device.type == "cuda" and torch.version.cuda and ranks.world() == 1:
             train_as_graph(parts["network"], self.precision)
         if self.leads:
             print(f"device      {self.device.type} ({describe(self.device)})")

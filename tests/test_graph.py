@@ -69,8 +69,11 @@ def test_calls_that_were_not_recorded_run_as_before(recorded):
 
 
 @pytest.mark.lessons("lesson_03_ncsn", "lesson_09_improved_ddpm")
-@pytest.mark.parametrize("device, processes, used", [("cpu", 1, 0), ("cuda", 1, 1), ("cuda", 2, 0), ("mps", 1, 0)])
-def test_a_run_on_one_gpu_uses_it(lesson, tmp_path, monkeypatch, device, processes, used):
+@pytest.mark.parametrize(
+    "device, version, processes, used",
+    [("cpu", "13.0", 1, 0), ("cuda", "13.0", 1, 1), ("cuda", "13.0", 2, 0), ("cuda", None, 1, 0), ("mps", None, 1, 0)],
+)
+def test_a_run_on_one_gpu_uses_it(lesson, tmp_path, monkeypatch, device, version, processes, used):
     seen = []
 
     class BeganError(Exception):
@@ -79,6 +82,7 @@ def test_a_run_on_one_gpu_uses_it(lesson, tmp_path, monkeypatch, device, process
     def begin(run, *how, **parts):
         run.device = torch.device(device)
         monkeypatch.setattr(common.run.ranks, "world", lambda: processes)
+        monkeypatch.setattr(torch.version, "cuda", version)  # None in PyTorch's build for AMD
         monkeypatch.setattr(common.run, "describe", lambda device: "a machine")
         real_begin(run, *how, **parts)
         assert seen == [(parts["network"], run.precision)] * used
