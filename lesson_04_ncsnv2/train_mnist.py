@@ -33,7 +33,7 @@ from common.run import Run, start
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """The paper's numbers; those of RunConfig say how to run. `python train_mnist.py --help` lists all as flags."""
+    """The lesson run's numbers, with sources. `python train_mnist.py --help` lists them, and RunConfig's, as flags."""
 
     steps: int = 5000  # ours: eight to eleven minutes on two CPU cores with bf16; the paper trains 300 000 (--paper)
     batch_size: int = 64  # ours: more, noisier steps in the same time; the paper has 128
@@ -108,7 +108,7 @@ def train(config: Config, run: Run) -> None:
             loss = denoising_score_matching_loss(network, x, sigmas, i, z)  # (B,)
         loss.mean().backward()
         average_gradients(network)  # over the processes
-        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip * x[0].numel())
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip * x[0].numel())  # the loss sums over pixels
         optimizer.step(run.learning_rate)
         update_ema(ema, network, run.step, config.ema_decay)  # Technique 5
 

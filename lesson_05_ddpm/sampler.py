@@ -32,7 +32,7 @@ def ancestral_sampling(
 
     betas (T,). variance of the fresh noise: "small" is beta_tilde, exact if the data are one point; "large" is beta,
     exact if they are standard normal (Sec. 3.2). The last step adds none. A step goes to the mean of
-    q(x_{t-1} | x_t, x_0-hat); without the clip, it is (x_t - beta_t eps / sqrt(1 - abar_t)) / sqrt(alpha_t), line 4.
+    q(x_{t-1} | x_t, x_0-hat); without the clip, it is (x_t - beta_t eps / sqrt(1 - abar_t)) / sqrt(1 - beta_t), line 4.
     """
     if variance not in ("small", "large"):
         raise ValueError(f'variance is "small" or "large", not {variance!r}')

@@ -29,7 +29,7 @@ from common.run import Run, start
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """The paper's numbers; those of RunConfig say how to run. `python train_mnist.py --help` lists all as flags."""
+    """The lesson run's numbers, with sources. `python train_mnist.py --help` lists them, and RunConfig's, as flags."""
 
     steps: int = 4400  # ours: ten minutes on two CPU cores with bf16; the paper trains 800 000 (--paper)
     batch_size: int = 128  # paper: images in a step
