@@ -55,7 +55,7 @@ class LossAwareTimesteps(UniformTimesteps):
         return t, 1 / (self.T * p[t])
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Takes the terms of the bound (B,), without their weights, that timesteps t (B,) had."""
+        """Takes the losses (B,), terms of the bound for vlb, without their weights, that timesteps t (B,) had."""
         for n, loss in zip(t.tolist(), losses.tolist(), strict=True):
             self.losses[n, self.count[n] % self.losses.shape[1]] = loss
             self.count[n] += 1
