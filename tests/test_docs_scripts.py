@@ -11,9 +11,12 @@ import shutil
 import signal
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from tests.running import ROOT, Result
 
@@ -71,6 +74,34 @@ def test_the_exact_score_is_the_gradient_of_the_log_density():
     away = (x.flatten(1)[:, None] - images.flatten(1)).square().sum(2)  # (3, 7)
     (-away / (2 * sigmas[i][:, None] ** 2)).logsumexp(1).sum().backward()
     torch.testing.assert_close(figures.exact_score(images, sigmas)(x.detach(), i), x.grad)
+
+
+FROM_CSV = ["compare", "measure", "lesson_04_eta", "lesson_04_technique_4", "lesson_05_calls", "lesson_05_loss",
+            "lesson_05_rate", "lesson_07_calls", "lesson_09_calls", "lesson_09_v"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROM_CSV)
+def test_a_picture_shows_the_numbers_of_today(name, monkeypatch):
+    """Those of the CSV file beside it; if not, make it again: `python docs/figures....py NAME`."""
+    found = []
+    for module in (figures, figures_ddpm, figures_sde):
+        monkeypatch.setattr(module, "save", lambda figure, path: found.append(figures.drawn(figure)))
+    {**figures.FIGURES, **figures_ddpm.FIGURES, **figures_sde.FIGURES}[name](Path("not written"))
+    with Image.open(ROOT / "docs" / "images" / f"{name}.png") as picture:
+        assert [picture.text["drawn"]] == found
+
+
+def test_the_checksum_of_a_picture_sees_a_number_and_a_title():
+    def checksum(y, title="a"):
+        figure = Figure()
+        panel = figure.add_subplot()
+        panel.plot([1, 2], [3, y])
+        panel.scatter([1], [y])
+        panel.set_title(title)
+        return figures.drawn(figure)
+
+    assert checksum(1.62) == checksum(1.6201) != checksum(1.55)
+    assert checksum(1.62) != checksum(1.62, "b")
 
 
 @pytest.mark.parametrize("name", ["lesson_04_ladder", "measure"])
