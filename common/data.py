@@ -122,8 +122,7 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
     Turned as its EXIF data say, and white where it is transparent, as the pictures of load_folder are.
     """
     try:
-        with Image.open(path) as picture:
-            gray = np.asarray(_on_white(_upright(picture)).convert("L"))
+        gray = np.asarray(_on_white(_opened(path)).convert("L"))
     except Exception as error:
         raise LessonError(f"cannot read the mask {path}: {_one_line(error)}") from error
     if gray.shape != size:
@@ -192,30 +191,25 @@ def _torchvision_images(name, split):
     return images.permute(0, 3, 1, 2).contiguous() if name == "cifar10" else images.unsqueeze(1)
 
 
-def _eight_bits(picture):
-    """A picture of 16 bits a pixel, scaled to 8: convert() would clip it. Others as they are; ValueError for floats."""
-    if picture.mode == "F":
-        raise ValueError("its pixels are floats, of an unknown range: save it with 8 or 16 bits")
-    if not picture.mode.startswith("I"):
-        return picture
-    return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
-
-
-def _upright(picture):
-    return _eight_bits(ImageOps.exif_transpose(picture)).convert("RGBA")
-
-
-def _on_white(picture):
-    page = Image.new("RGBA", picture.size, "white")
-    page.alpha_composite(picture)
-    return page
-
-
-def _read_picture(path, size, channels):
+def _opened(path):
+    """A picture as RGBA, 8 bits each, turned as its EXIF data say. ValueError for floats."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file that unpacks into gigabytes
         with Image.open(path) as picture:
-            picture = ImageOps.fit(_upright(picture), (size, size), Image.Resampling.LANCZOS)  # the centre square
+            picture = ImageOps.exif_transpose(picture)
+        if picture.mode == "F":
+            raise ValueError("its pixels are floats, of an unknown range: save it with 8 or 16 bits")
+        if picture.mode.startswith("I"):  # of 16 bits or more, which convert() would clip
+            picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+        return picture.convert("RGBA")
+
+
+def _on_white(picture):
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+
+
+def _read_picture(path, size, channels):
+    picture = ImageOps.fit(_opened(path), (size, size), Image.Resampling.LANCZOS)  # the centre square
     pixels = np.array(_on_white(picture).convert("L" if channels == 1 else "RGB"))
     return torch.from_numpy(pixels).reshape(size, size, channels).permute(2, 0, 1).contiguous()
