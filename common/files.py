@@ -13,7 +13,7 @@ TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|file write|iostr
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename it to `path` if the block ends without an error.
 
     A reader sees the old file or the new one, and a write that fails leaves the old one alone. Missing folders are
@@ -26,7 +26,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # so that a folder that cannot be written is an OSError, whoever writes next
         yield temporary
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
     except OSError as error:
         raise LessonError(f"cannot write {path}: {str(error).replace(str(temporary), str(path))}") from error
     except RuntimeError as error:
@@ -67,13 +68,9 @@ class Claim:
             self.path.unlink()
 
 
-class _Enough(Exception):  # noqa: N818
-    pass
-
-
 def check_writable(path: str | Path) -> None:
     """Raises LessonError if a file at `path` could not be written; makes missing folders, and changes nothing else."""
     if Path(path).is_dir():
         raise LessonError(f"cannot write {path}: it is a folder; name a file")
-    with suppress(_Enough), atomic_write(path):
-        raise _Enough  # so that nothing takes the place of what is there
+    with atomic_write(path, replace=False):  # nothing takes the place of what is there
+        pass
