@@ -8,7 +8,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -187,13 +187,11 @@ class Run:
 
     def show(self, frames: Iterable[Tensor]) -> None:
         """Writes the last of the frames as samples_step_....png; gives up if the run is to stop."""
-        try:
+        with suppress(Stopped):
             images = some_frames(frames)[-1]
-        except Stopped:
-            return
-        check_finite(images)
-        with by_product("preview"):
-            save_grid(images, self.folder / f"samples_step_{self.step:06d}.png")
+            check_finite(images)
+            with by_product("preview"):
+                save_grid(images, self.folder / f"samples_step_{self.step:06d}.png")
 
     def last_pictures(self, frames: Iterable[Tensor]) -> list[Tensor]:
         """Writes samples.png and trajectory.gif, and returns the frames. From here on there is only one process."""
