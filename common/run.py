@@ -122,8 +122,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Yields the number of each step that is left, from 1 on in a new run. Ends the program if it is stopped."""
         B, self.stop = self.config.batch_size, StopRequest()
-        bar = {"initial": self.step * B, "disable": not self.leads}
-        with progress(self.config.steps * B, " images", **bar) as self.bar:
+        with progress(self.config.steps * B, " images", initial=self.step * B, disable=not self.leads) as self.bar:
             while self.step < self.config.steps or self.config.minutes:  # until the steps for them are known
                 self.step += 1
                 # Dropout has torch's own random numbers: new ones in each step and process, the same after a resume
