@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import ranks
+from common import cli, ranks
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import Stopped, StopRequest, by_product, is_out_of_memory, progress
-from common.cli import run as run_main
 from common.config import RunConfig, flag_of, learning_rate, parse_config
 from common.data import load_pictures
 from common.errors import LessonError
@@ -50,7 +49,7 @@ def start(train, config_class, presets: dict[str, dict], lesson: str) -> None:
             train(run.config, run)
         print(f"done: look at {run.folder / 'samples.png'}")
 
-    run_main(main)
+    cli.run(main)
 
 
 class Run:
