@@ -124,7 +124,10 @@ def check_effects(lesson: ModuleType, options: Namespace, named: set[str]) -> No
 
 def play(lesson: ModuleType, options: Namespace) -> None:
     """Loads the network, and makes the pictures."""
-    path, device = find_checkpoint(options.checkpoint, Path(lesson.__file__).parent), choose_device()
+    device, path = choose_device(), Path(options.checkpoint or "output/checkpoint.pt")
+    if not options.checkpoint and not path.is_file():
+        print("no output/checkpoint.pt here: using pretrained.pt, the lesson run that comes with the repository")
+        path = Path(lesson.__file__).parent / "pretrained.pt"
     network, config, checkpoint = load_network(lesson, path, device)
     for name in lesson.OPTIONS:
         chosen = getattr(options, name)
@@ -211,14 +214,6 @@ def sample_all(lesson, network, config, shape, seed, sampler, calls, precision, 
             samples.append(some[-1].cpu())
     check_finite(torch.cat(samples))
     return torch.cat(samples), frames
-
-
-def find_checkpoint(path: str | None, lesson: Path) -> Path:
-    """The path if one is given, or output/checkpoint.pt if there is one, or the lesson's pretrained.pt."""
-    if path or Path("output/checkpoint.pt").is_file():
-        return Path(path or "output/checkpoint.pt")
-    print("no output/checkpoint.pt here: using pretrained.pt, the lesson run that comes with the repository")
-    return lesson / "pretrained.pt"
 
 
 def read_mask(name: str, H: int, W: int) -> Tensor:
