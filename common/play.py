@@ -153,17 +153,17 @@ def play(lesson: ModuleType, options: Namespace) -> None:
     def in_batches(images):
         return InBatches(network, precision, progress(images * calls, " calls"))
 
-    train = load_pictures(config, "train") / 255 if options.verb == "nearest" else None  # now, not after the work
-    if options.verb in ("drawn", "nearest"):
-        images, frames = sample_all(*how, (n, *shape), seed, options.sampler, calls, precision,
-                                    keep=64 if options.gif or options.strip else 0)  # fmt: skip
     if options.verb == "drawn":
+        keep = 64 if options.gif or options.strip else 0
+        images, frames = sample_all(*how, (n, *shape), seed, options.sampler, calls, precision, keep)
         save_grid(images, output)
         if options.gif:
             save_gif(frames, options.gif)
         if options.strip:
             save_strip([frame[:8] for frame in frames], options.strip)
     elif options.verb == "nearest":
+        train = load_pictures(config, "train") / 255  # now, not after the work
+        images, _ = sample_all(*how, (n, *shape), seed, options.sampler, calls, precision)
         groups = {"sample": images}
         if config.images:
             print("a folder has no test pictures to compare with")
