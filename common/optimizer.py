@@ -21,13 +21,12 @@ class Optimizer:
     """
 
     def __init__(self, network: nn.Module, name: str):
-        convolutions = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)] if name == "muon" else []
+        kernels = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)] if name == "muon" else []
+        kernels = [w for w in kernels if min(w.shape[:2]) > 4]  # not those from and to pixels: too narrow
         self.groups = {}  # {shape: weights}
-        for w in convolutions:
-            if min(w.shape[:2]) > 4:  # not those from and to pixels: too narrow
-                self.groups.setdefault(w.shape, []).append(w)
-        kernels = {id(w) for ws in self.groups.values() for w in ws}
-        self.rest = [p for p in network.parameters() if id(p) not in kernels]
+        for w in kernels:
+            self.groups.setdefault(w.shape, []).append(w)
+        self.rest = [p for p in network.parameters() if all(p is not w for w in kernels)]
         device = self.rest[0].device
         self.fused = device.type != "mps"
         self.state = {  # {name: tensors}
