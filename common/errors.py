@@ -9,8 +9,8 @@ class LessonError(Exception):
 
 @contextmanager
 def usable(what: str):
-    """Around a computation from what a person chose, or its checkpoint: its ValueError becomes a LessonError."""
+    """Around a computation from what a person chose: its ValueError becomes a LessonError."""
     try:
         yield
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise LessonError(f"{what} cannot be made of these flags and data: {error}") from error
