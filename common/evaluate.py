@@ -40,15 +40,14 @@ def main() -> None:
 
     samples = load_file(options.path)
     if not isinstance(samples, torch.Tensor):
-        lesson = load_lesson(load_checkpoint(options.path)["lesson"])
-        network, config, checkpoint = load_network(lesson, options.path, choose_device())
+        lesson, device = load_lesson(load_checkpoint(options.path)["lesson"]), choose_device()
+        network, config, checkpoint = load_network(lesson, options.path, device)
         gray(torch.zeros(1, *checkpoint["image_shape"]))  # raises if they are no digits, now
         if config.images or config.dataset not in ("mnist", "color_mnist"):
             raise LessonError(f"{options.path} was not trained on digits, and the judge knows nothing else")
         sampler = options.sampler or lesson.SAMPLERS[-1]
         check_choice("--sampler", sampler, lesson.SAMPLERS)
         calls = options.calls or lesson.number_of_calls(network, config, sampler, quick=False)
-        device = next(network.parameters()).device
         precision = sampling_precision("auto", config.precision, device)
         print(f"{lesson.LESSON}, step {checkpoint['step']}, {sampler}, at most {calls} network calls, {precision}")
         shape = (options.num, *checkpoint["image_shape"])
