@@ -1,14 +1,13 @@
 """The numbers of a run: those that all lessons share, and flags made from the fields of a dataclass and their types."""
 
 import argparse
-import dataclasses
 import inspect
 import json
 import math
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -86,7 +85,7 @@ def parse_config(config_class, presets: dict[str, dict], arguments=None) -> tupl
         text = texts[name] + "".join(more)
         start.add_argument(f"--{name}", action="store_const", const=name, dest="preset", help=text)
     comments, kinds = field_comments(config_class), get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
+    for field in fields(config_class):
         kind, choices = type(field.default), get_args(kinds[field.name]) or None
         shape = "|".join(map(str, choices)) if choices and len(choices) < 6 else kind.__name__.upper()
         how = {"type": os.path.expanduser if kind is str else kind, "choices": choices, "metavar": shape}
@@ -114,7 +113,7 @@ def _read(path, config_class):
         found = dict(json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise LessonError(f"--config {path}: not a config.json that a run wrote ({error})") from error
-    unknown = sorted({*map(str, found)} - {field.name for field in dataclasses.fields(config_class)})
+    unknown = sorted({*map(str, found)} - {field.name for field in fields(config_class)})
     if unknown:
         raise LessonError(f"--config {path} is of another lesson or version: it has {', '.join(unknown)}")
     return {name: value for name, value in found.items() if name != "output"}
