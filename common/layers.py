@@ -5,7 +5,6 @@ On a CPU the convolutions run near the machine's limit; what is between them dec
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -67,7 +66,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
-        mean, variance = (rearrange(m, "b (g c) -> b g c", g=self.num_groups) for m in channel_moments(x))
+        mean, variance = (m.unflatten(1, (self.num_groups, -1)) for m in channel_moments(x))  # (B, G, C / G)
         mu = mean.mean(2, keepdim=True)  # (B, G, 1), of the group
         variance = (variance + (mean - mu).square()).mean(2, keepdim=True)
         scale = self.weight * torch.rsqrt(variance + self.eps).expand_as(mean).flatten(1)  # (B, C)
