@@ -231,20 +231,20 @@ class Run:
     def _restore(self):
         """Puts what `_save` wrote back. LessonError if it is not all there, or does not fit."""
         found = self.checkpoint
+        self.step = found["step"]
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(found[name])
             if found["device"] == self.device.type:
                 self.generator.set_state(found["generator"])
+            else:  # whose generators have another state
+                self.generator.manual_seed((self.config.seed + 1_000_003 * self.step) % 2**63)
+                if self.leads:
+                    print(f"the run was on {found['device']}: it goes on with other random numbers, from seed and step")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             raise LessonError("checkpoint.pt does not fit this version of the lesson: start a new run") from error
-        self.step = found["step"]
-        if found["device"] != self.device.type:  # whose generators have another state
-            self.generator.manual_seed((self.config.seed + 1_000_003 * self.step) % 2**63)
-            if self.leads:
-                print(f"the run was on {found['device']}: it goes on with other random numbers, from seed and step")
 
     def _announce(self, seconds):
         """Says how long the run will take if a step takes `seconds`; finds the number of steps for --minutes."""
