@@ -30,7 +30,6 @@ from torch import Tensor
 
 from common import cli
 from common.checkpoint import load_network
-from common.cli import progress
 from common.config import check_range, flag_of
 from common.data import load_mask, load_picture, load_pictures, nearest_training_digit
 from common.errors import LessonError
@@ -150,8 +149,8 @@ def play(lesson: ModuleType, options: Namespace) -> None:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         return images[order[torch.arange(count) % len(order)]] / 255
 
-    def in_batches(images):
-        return InBatches(network, precision, progress(images * calls, " calls"))
+    def in_batches(total_calls):
+        return InBatches(network, precision, cli.progress(total_calls, " calls"))
 
     if options.verb == "drawn":
         keep = 64 if options.gif or options.strip else 0
@@ -174,7 +173,7 @@ def play(lesson: ModuleType, options: Namespace) -> None:
         known, y = read_mask(options.inpaint, *shape[1:]), test_pictures(n)
         each = repeat(y, "n c h w -> (n k) c h w", k=COMPLETIONS).to(device)
         noise = SeededNoise(range(seed, seed + len(each)))
-        images = lesson.fill_in(in_batches(len(each)), config, each, known.to(device), noise, calls).cpu()
+        images = lesson.fill_in(in_batches(len(each) * calls), config, each, known.to(device), noise, calls).cpu()
         check_finite(images)
         completions = rearrange(images, "(n k) c h w -> k n c h w", k=COMPLETIONS)
         rows = [y, y * known + 0.5 * (1 - known), *completions]
@@ -183,7 +182,7 @@ def play(lesson: ModuleType, options: Namespace) -> None:
         first = [seed + 2 * (k // STEPS) for k in range(n * STEPS)]
         noise = SeededNoise(first, [s + 1 for s in first], torch.linspace(0, 1, STEPS).repeat(n))
         many = n * STEPS
-        *_, images = lesson.draw(in_batches(many), config, (many, *shape), noise, options.sampler, calls)
+        *_, images = lesson.draw(in_batches(many * calls), config, (many, *shape), noise, options.sampler, calls)
         check_finite(images)
         save_grid(images, output, columns=STEPS)
     elif options.verb == "denoise":
@@ -191,7 +190,7 @@ def play(lesson: ModuleType, options: Namespace) -> None:
         images = show_denoising(*how, y.to(device), seed, precision, output)
     elif options.verb in lesson.PICTURES:
         pairs, make = test_pictures(2 * n).unflatten(0, (n, 2)).to(device), lesson.PICTURES[options.verb]
-        images, columns = make(InBatches(network, precision, progress(None, " calls")), config, n, seed, calls, pairs)
+        images, columns = make(in_batches(None), config, n, seed, calls, pairs)
         check_finite(images)
         save_grid(images, output, columns)
 
@@ -204,7 +203,7 @@ def play(lesson: ModuleType, options: Namespace) -> None:
 def sample_all(lesson, network, config, shape, seed, sampler, calls, precision, keep=0) -> tuple[Tensor, list]:
     """Samples of `shape` (N, C, H, W) on the CPU, image k of seed + k, and what the first `keep` were on the way."""
     samples, frames = [], []
-    with progress(shape[0] * calls, " calls") as bar:
+    with cli.progress(shape[0] * calls, " calls") as bar:
         batched = InBatches(network, precision, bar)
         for start in range(0, shape[0], AT_ONCE):
             N = min(AT_ONCE, shape[0] - start)
