@@ -3,6 +3,8 @@
 No network runs: the lesson's functions are replaced by some that write down what they are given.
 """
 
+import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +64,25 @@ def play(lesson, tmp_path, monkeypatch):
 
 
 VERBS = ("", "--inpaint left", "--interpolate", "--nearest", "--denoise", *(f"--{name}" for name in PICTURES))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_pictures_that_are_not_finite_are_an_error_in_one_line(lesson, tmp_path, monkeypatch, verb):
+    def not_finite(shape):
+        return torch.cat([torch.rand(shape)[1:], torch.full(shape, math.inf)[:1]])
+
+    monkeypatch.setattr("common.play.load_pictures", lambda data, split: some_pictures(data))
+    made = {
+        "draw": lambda network, config, shape, *how: iter([not_finite(shape)]),
+        "fill_in": lambda network, config, y, *how: not_finite(y.shape),
+        "noise_and_guess": lambda network, config, x, z, k: (x, not_finite(x.shape)),
+        "PICTURES": {name: lambda *how: (not_finite((4, 1, 28, 28)), 2) for name in PICTURES},
+    }
+    files = "--checkpoint", ROOT / lesson.name / "pretrained.pt", "--output", tmp_path / "x.png"
+    result = run_here(lesson.name, *files, "--num", 2, *verb.split(), name="sample", **made)
+    assert result.status == 1
+    assert re.match("error: the sampled images are not finite: .*--learning-rate", result.stderr.splitlines()[-1])
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize("verb", (*VERBS, "--denoise picture.png"))
