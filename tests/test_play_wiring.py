@@ -85,6 +85,16 @@ def test_pictures_that_are_not_finite_are_an_error_in_one_line(lesson, tmp_path,
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize(
+    "flag, name, save, rows", [("--gif", "a.gif", "save_gif", 10), ("--strip", "a.png", "save_strip", 8)]
+)
+def test_a_gif_or_a_strip_alone_shows_the_whole_way(play, tmp_path, monkeypatch, flag, name, save, rows):
+    shapes = []
+    monkeypatch.setattr(f"common.play.{save}", lambda frames, path: shapes.append([frame.shape for frame in frames]))
+    play("--num 10", flag, tmp_path / name)
+    assert shapes == [[(rows, 1, 28, 28)] * 3]
+
+
 @pytest.mark.parametrize("verb", (*VERBS, "--denoise picture.png"))
 def test_the_network_runs_in_the_precision_of_the_flag(play, verb):
     for precision in ("float32", "bfloat16"):
