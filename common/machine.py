@@ -44,9 +44,9 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a network runs in "bfloat16" or "float32"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+def autocast(device: torch.device, precision: str, cache: bool = True) -> torch.autocast:
+    """The context in which a network runs in "bfloat16" or "float32"; `cache`: whether it keeps weights it has cast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=cache)
 
 
 def log_ndtr(x: Tensor) -> Tensor:
@@ -107,8 +107,7 @@ def train_as_graph(network: torch.nn.Module, precision: str) -> None:
             return plain(x, level)
         if not graph:
             network.forward = plain
-            half = torch.autocast(x.device.type, torch.bfloat16, precision == "bfloat16", cache_enabled=False)
-            with half, warnings.catch_warnings():
+            with autocast(x.device, precision, cache=False), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # of PyTorch's own warm-up
                 graph = torch.cuda.make_graphed_callables(network, (x.clone(), level.clone())).forward
             network.forward, shape = forward, x.shape

@@ -325,7 +325,9 @@ def test_in_batches():
 def test_autocast():
     a = torch.ones(2, 2)
     with autocast(a.device, "bfloat16"):
-        assert (a @ a).dtype == torch.bfloat16
+        assert (a @ a).dtype == torch.bfloat16 and torch.is_autocast_cache_enabled()
+    with autocast(a.device, "bfloat16", cache=False):
+        assert (a @ a).dtype == torch.bfloat16 and not torch.is_autocast_cache_enabled()
     with autocast(a.device, "float32"):
         assert (a @ a).dtype == torch.float32
 
