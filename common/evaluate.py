@@ -40,7 +40,8 @@ def main() -> None:
 
     samples = load_file(options.path)
     if not isinstance(samples, torch.Tensor):
-        lesson, device = load_lesson(load_checkpoint(options.path)["lesson"]), choose_device()
+        device = choose_device()
+        lesson = load_lesson(load_checkpoint(options.path)["lesson"])
         network, config, checkpoint = load_network(lesson, options.path, device)
         gray(torch.zeros(1, *checkpoint["image_shape"]))  # raises if they are no digits, now
         if config.images or config.dataset not in ("mnist", "color_mnist"):

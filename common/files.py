@@ -16,9 +16,10 @@ TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|file write|iostr
 def atomic_write(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename it to `path` if the block ends without an error.
 
-    A reader sees the old file or the new one, and a write that fails leaves the old one alone. Missing folders are
-    made. The temporary name ends in ".tmp", so that no search for "*.png" finds it; name the format when writing to it.
-    Raises LessonError where the folder cannot be written or the disk is full. The block should do nothing but write.
+    With `replace` False it is deleted instead. A reader sees the old file or the new one, and a write that fails leaves
+    the old one alone. Missing folders are made. The temporary name ends in ".tmp", so that no search for "*.png" finds
+    it; name the format when writing to it. Raises LessonError where the folder cannot be written or the disk is full.
+    The block should do nothing but write.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -76,7 +76,9 @@ def some_frames(frames: Iterable[Tensor], most: int = 72) -> list[Tensor]:
     return [frame for k, frame in kept if k <= n - len(last)] + last
 
 
-def save_table(images: Tensor, path: str | Path, rows: Sequence[str], columns: Sequence[str], captions=()) -> None:
+def save_table(
+    images: Tensor, path: str | Path, rows: Sequence[str], columns: Sequence[str], captions: Sequence[str] = ()
+) -> None:
     """Writes images (R K, C, H, W), row by row, as a PNG with the R names of the rows and K of the columns beside them.
 
     captions: R K texts, or none, to write above the images. Raises as save_grid does.

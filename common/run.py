@@ -237,7 +237,7 @@ class Run:
                 part.load_state_dict(found[name])
             if found["device"] == self.device.type:
                 self.generator.set_state(found["generator"])
-            else:  # whose generators have another state
+            else:  # another kind of device, whose generators have another state
                 self.generator.manual_seed((self.config.seed + 1_000_003 * self.step) % 2**63)
                 if self.leads:
                     print(f"the run was on {found['device']}: it goes on with other random numbers, from seed and step")
